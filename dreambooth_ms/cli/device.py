@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dreambooth_ms.cli.output import bars_paused, is_quiet, tell
 from dreambooth_ms.config.commands import EvaluateConfig
@@ -76,12 +76,10 @@ def load_with_weights(schema: type[Config], argv: Sequence[str], read: Reads | N
     try:
         return load(schema, argv, tell, read)
     except ConfigError as error:
-        names: list[str] = []
+        values: dict[str, Any] = {"lora": [], "embedding": []}
         with suppress(UserError):
-            with_base = [*argv, "--pretrained_model_name_or_path", "?"]
-            weights = load(schema, with_base, lambda note: None, read).weights
-            names = [*weights.lora, *weights.embedding]
-        for name in names:
+            values |= load(schema, [*argv, "--pretrained_model_name_or_path", "?"], lambda note: None, read).values()
+        for name in (*values["lora"], *values["embedding"]):
             if base := trained_base(Path(name)) or base_of_card(name):
                 raise ConfigError(f"{error}; {name} was trained on {base}") from error
         raise

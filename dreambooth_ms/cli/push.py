@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from dreambooth_ms.atomic import write_bytes
@@ -18,10 +19,11 @@ from dreambooth_ms.config.shared import HubConfig
 from dreambooth_ms.errors import ConfigError, UserError, WeightError, count_of, near
 from dreambooth_ms.formats.files.open import read_metadata
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
-from dreambooth_ms.sampling.picture_file import SETTINGS_KEY, validation_pictures
+from dreambooth_ms.sampling.picture_file import png_of, validation_pictures
+from dreambooth_ms.sampling.picture_text import SETTINGS_KEY
 from dreambooth_ms.training.checkpoint import STEP_KEY, Result, result_of
 from dreambooth_ms.training.run_folder import config_of_run
-from dreambooth_ms.weights.hub import CARD
+from dreambooth_ms.weights.hub import CARD, is_hub_name
 from dreambooth_ms.weights.hub_upload import card_there, open_repository, upload
 
 
@@ -57,7 +59,7 @@ def push(folder: Path, hub: HubConfig, repository: str) -> None:
         card = here
     else:
         write_bytes(own, card.encode())
-    files: dict[str, Path | bytes] = {**_files(folder, result), **{name: path for name, (path, _) in pictures.items()}}
+    files: dict[str, Path | bytes] = {**_files(folder, result), **{name: png for name, (png, _) in pictures.items()}}
     try:
         there = card_there(repository, hub.hub_token)
         if there is None or not is_edited(there) or is_edited(card):
@@ -90,11 +92,15 @@ def _files(folder: Path, result: Result) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
-def _pictures(folder: Path, step: int) -> dict[str, tuple[Path, str]]:
-    """Those that were sampled last up to a step, by their names in the repository, with their prompts."""
+def _pictures(folder: Path, step: int) -> dict[str, tuple[bytes, str]]:
+    """Those that were sampled last up to a step, by their names in the repository, with their prompts. Where on this
+    machine the base is stays here."""
     steps = {own: paths for own, paths in validation_pictures(folder / FOLDER).items() if own <= step}
     found = {}
     for number, path in enumerate(steps[max(steps)] if steps else ()):
         with suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as image:
-            found[f"images/{number}.png"] = path, str(json.loads(image.info[SETTINGS_KEY])["prompt"])
+            settings = json.loads(image.info[SETTINGS_KEY])
+            if not is_hub_name(base := str(settings.get("pretrained_model_name_or_path"))):
+                settings["pretrained_model_name_or_path"] = Path(base).name
+            found[f"images/{number}.png"] = png_of(np.asarray(image), settings), str(settings["prompt"])
     return found

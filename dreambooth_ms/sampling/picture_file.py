@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_ms.atomic import atomic_path
+from dreambooth_ms.atomic import atomic_path, write_bytes
 from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.picture_text import PARAMETERS_KEY, SETTINGS_KEY, parameters_of
@@ -26,13 +27,18 @@ INK, PALE = (40, 40, 40), (120, 120, 120)
 
 
 def write_picture(path: Path, picture: np.ndarray, settings: Mapping[str, Any]) -> None:
-    """Write (H, W, 3) uint8 as PNG; `settings` go into its text chunk as JSON, and in another one as A1111 has it."""
-    information = PngInfo()
+    """Write a PNG file, see `png_of`."""
+    write_bytes(path, png_of(picture, settings))
+
+
+def png_of(picture: np.ndarray, settings: Mapping[str, Any]) -> bytes:
+    """(H, W, 3) uint8 as PNG; `settings` are in its text chunk as JSON, and in another one as A1111 has it."""
+    information, content = PngInfo(), BytesIO()
     information.add_text(SETTINGS_KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False))
     if "prompt" in settings:
         information.add_text(PARAMETERS_KEY, parameters_of(settings))
-    with atomic_path(path) as partial:
-        Image.fromarray(picture).save(partial, format="PNG", pnginfo=information)
+    Image.fromarray(picture).save(content, format="PNG", pnginfo=information)
+    return content.getvalue()
 
 
 def first_free_number(folder: Path) -> int:

@@ -110,7 +110,7 @@ def test_help_of_a_command_begins_with_what_everybody_sets(name, flags, capsys):
         (
             "--rank",
             "--rank: unknown command; expected one of train, check, prepare, sample, evaluate, benchmark, inspect, "
-            "convert, merge, extract, doctor",
+            "convert, merge, extract, push, doctor",
         ),
     ],
 )

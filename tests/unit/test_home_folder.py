@@ -10,7 +10,17 @@ from dreambooth_ms.errors import ConfigError
 
 PATHS = {"source", "target", "base", "lora", "image", "mask", "refiner", "clip", "report", "resume_from_checkpoint"}
 PATHS |= {"validation_images", "super_resolution", "super_resolution_lora"}
-PATHS |= {"concepts_list", "dataset_name", "embedding", "concepts", "regularization_prompts", "tuned", "dino"}
+PATHS |= {
+    "concepts_list",
+    "dataset_name",
+    "embedding",
+    "concepts",
+    "regularization_prompts",
+    "tuned",
+    "dino",
+    "folder",
+    "like",
+}
 REQUIRED = [
     "--pretrained_model_name_or_path",
     "~/base",

@@ -2,12 +2,14 @@
 
 import json
 import re
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 
 from dreambooth_ms.cli import push as command
 from dreambooth_ms.cli.main import main
@@ -23,6 +25,7 @@ from tests.fake_hub import COMMIT, OWNER, TOKEN, point_at, running_hub
 
 LORA = "pytorch_lora_weights.safetensors"
 PROMPT = 'a photo of "sks" star'
+BASE = {"pretrained_model_name_or_path": "/home/me/models/base"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def run_folder(hub, tmp_path):
     for step in (10, 20, 30):
         for number in range(2):
             path = folder / "validation" / validation_name(step, number)
-            write_picture(path, np.full((8, 8, 3), step, np.uint8), {"prompt": f"prompt {number}", "number": 0})
+            write_picture(path, np.full((8, 8, 3), step, np.uint8), {"prompt": f"prompt {number}", **BASE})
     return folder
 
 
@@ -77,7 +80,13 @@ def test_a_result_its_card_and_its_last_pictures_are_uploaded_and_nothing_else(h
     assert hub.private == {f"{OWNER}/star": True}
     held = hub.files[f"{OWNER}/star"]
     assert held[LORA] == (run_folder / LORA).read_bytes()
-    assert held["images/1.png"] == (run_folder / "validation" / validation_name(20, 1)).read_bytes()
+    with Image.open(BytesIO(held["images/1.png"])) as picture:
+        assert np.asarray(picture).min() == np.asarray(picture).max() == 20
+        assert json.loads(picture.info["dreambooth_ms"]) == {
+            "prompt": "prompt 1",
+            "pretrained_model_name_or_path": "base",
+        }
+        assert "/home/me" not in str(picture.info)
     assert f"uploaded 5 files to {hub.url}/{OWNER}/star" in capfd.readouterr().err
     assert all(b"/home/me" not in content and TOKEN.encode() not in content for content in held.values())
 
