@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -121,9 +122,9 @@ class Sampler:
     @staticmethod
     def _settings(sample: Sample) -> dict[str, Any]:
         """What makes a picture again, without the adapters that had no part in it."""
-        settings = dict(sample.settings)
-        used = [(path, scale) for path, scale in zip(settings["lora"], settings["lora_scale"], strict=True) if scale]
-        return settings | {"lora": [path for path, _ in used], "lora_scale": [scale for _, scale in used]}
+        settings, names = dict(sample.settings), ("lora", "lora_scale", "lora_hashes")
+        used = [bool(scale) for scale in settings["lora_scale"]]
+        return settings | {name: [*compress(settings[name], used)] for name in names}
 
 
 class _StepSender:

@@ -28,7 +28,8 @@ def run_metadata(
         if one.group == INSTANCE:
             captions = ",".join(caption for record in one.records for caption in record.captions)
             tags.setdefault(folder, Counter()).update(tag.strip() for tag in captions.split(",") if tag.strip())
-            folders[folder] = {"n_repeats": float(one.repeats), "img_count": len(one.records)}
+            repeats = int(one.repeats) if one.repeats.denominator == 1 else float(one.repeats)
+            folders[folder] = {"n_repeats": repeats, "img_count": len(one.records)}
     values = {
         "sd_model_name": Path(config.model.pretrained_model_name_or_path).name,
         **({"new_sd_model_hash": file_digest(base.path)} if base.path.is_file() else {}),
@@ -55,10 +56,11 @@ def run_metadata(
 
 
 def _model_spec(config: TrainConfig, base: ModelBundle, sources: Sequence[Source]) -> dict[str, str]:
-    """Tags are new words, and the words of the subjects' prompts that the class's has not, if there is one."""
+    """Tags are new words, and the words of the subjects' prompts that the classes' have not, if there are such."""
     schedule, loss, side = base.schedule.config, config.loss, config.data.resolution
     prompts = dict.fromkeys(one.prompt for one in sources if one.concept.group == INSTANCE and one.prompt)
-    of_class = words_in(config.prior.class_prompt or "")
+    classes = [one.prompt for one in sources if one.concept.group == CLASS]
+    of_class = words_in(" ".join([config.prior.class_prompt or "", *classes]))
     named = [word for word in words_in(" ".join(prompts)) if of_class and word not in of_class]
     values = {
         "title": config.output_dir.resolve().name,

@@ -103,7 +103,7 @@ class TestMetadata:
             "ss_clip_skip": "None",
             "ss_output_name": "star",
             "ss_tag_frequency": json.dumps({"photographs": {STAR: count}}),
-            "ss_dataset_dirs": json.dumps({"photographs": {"n_repeats": 1.0, "img_count": count}}),
+            "ss_dataset_dirs": json.dumps({"photographs": {"n_repeats": 1, "img_count": count}}),
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": "stable-diffusion-v1/lora",
             "modelspec.implementation": "diffusers",

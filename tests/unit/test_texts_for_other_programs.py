@@ -1,9 +1,11 @@
-"""The text of A1111 in pictures, and the hashes of LoRAs, by their definitions."""
+"""The text of A1111 in pictures, what LoRAs say of their run, and their hashes, by their definitions."""
 
 import hashlib
 import json
 import struct
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +18,16 @@ from dreambooth_ms.config.choices import SamplingScheduler, read_table
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.spellings import choice_of
+from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.data.records import Concept, Record, Source
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.formats.files.safetensors_file import lora_hashes
 from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.models.specs import Family
 from dreambooth_ms.sampling import picture_text
 from dreambooth_ms.sampling.picture_file import SETTINGS_KEY, write_picture
 from dreambooth_ms.sampling.picture_text import parameters_of, read_picture_text
+from dreambooth_ms.training.run_metadata import run_metadata
 
 SETTINGS = {
     "prompt": "a dog, with a hat: red",
@@ -152,3 +158,68 @@ class TestHashes:
     def test_the_older_one_of_a_small_file_is_of_nothing(self):
         hashes = lora_hashes({"a": StoredTensor.of(np.ones(3, np.float32))}, {})
         assert hashes["sshs_legacy_hash"] == hashlib.sha256(b"").hexdigest()[:8]
+
+
+class TestRunMetadata:
+    """Without networks: what a run of several subjects on one file says."""
+
+    def test_several_subjects_a_file_and_new_words(self, tmp_path):
+        (tmp_path / "sd21.safetensors").write_bytes(b"base")
+        spec = SimpleNamespace(family=Family.SD2)
+        schedule = SimpleNamespace(config={"prediction_type": "v_prediction", "num_train_timesteps": 500})
+        base = SimpleNamespace(
+            path=tmp_path / "sd21.safetensors", schedule=schedule, opened=lambda: SimpleNamespace(spec=spec)
+        )
+        config = load(
+            TrainConfig,
+            [
+                *("--pretrained_model_name_or_path", f"{tmp_path}/sd21.safetensors", "--concepts_list", "list.json"),
+                *("--output_dir", f"{tmp_path}/both", "--clip_skip", "1", "--train_text_encoder", "--seed", "3"),
+                *("--text_encoder_lr", "5e-5", "--use_8bit_adam", "--max_timestep", "400"),
+            ],
+        )
+        named = [
+            ("10_dog", "sks dog", "instance", ("sks dog, snow", "dog")),
+            ("cats", "zwx cat", "instance_2", ("zwx",)),
+        ]
+        named.append(("class", "a dog, a cat", "class", ("a dog, a cat",)))
+        concepts = [
+            Concept(name, (Record(Path(f"{folder}/0.png"), "", (8, 8), captions),) * 2, group=name.split("_")[0],
+                    repeats=Fraction("2.5") if folder == "10_dog" else Fraction(1))
+            for folder, _, name, captions in named
+        ]  # fmt: skip
+        sources = [
+            Source(tmp_path / folder, prompt, concept)
+            for (folder, prompt, _, _), concept in zip(named, concepts, strict=True)
+        ]
+        told = run_metadata(config, base, sources, concepts, 30)
+        expected = {
+            "ss_sd_model_name": "sd21.safetensors",
+            "ss_new_sd_model_hash": hashlib.sha256(b"base").hexdigest(),
+            "ss_base_model_version": "sd_v2",
+            "ss_v2": "True",
+            "ss_num_train_images": "7",
+            "ss_num_reg_images": "2",
+            "ss_text_encoder_lr": "5e-05",
+            "ss_optimizer": "AdamW8bit",
+            "ss_clip_skip": "2",
+            "ss_output_name": "both",
+            "ss_tag_frequency": json.dumps({"10_dog": {"sks dog": 2, "snow": 2, "dog": 2}, "cats": {"zwx": 2}}),
+            "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
+            "modelspec.prediction_type": "v",
+            "modelspec.timestep_range": "0,400",
+            "modelspec.encoder_layer": "2",
+            "modelspec.trigger_phrase": "sks dog, zwx cat",
+            "modelspec.tags": "sks, zwx",
+        }
+        assert expected.items() <= told.items()
+        assert json.loads(told["ss_dataset_dirs"])["10_dog"] == {"n_repeats": 2.5, "img_count": 2}
+        assert str(tmp_path) not in json.dumps(told)
+
+    def test_a_family_that_kohyas_scripts_do_not_know_has_no_version_and_no_model_spec(self):
+        opened = SimpleNamespace(spec=SimpleNamespace(family=Family.IF))
+        base = SimpleNamespace(path=Path("folder"), schedule=SimpleNamespace(config={}), opened=lambda: opened)
+        flags = ["--pretrained_model_name_or_path", "DeepFloyd/IF-I-XL-v1.0", "--concepts_list", "list.json"]
+        told = run_metadata(load(TrainConfig, flags), base, [], [], 1)
+        assert told["ss_sd_model_name"] == "IF-I-XL-v1.0"
+        assert not [name for name in told if name.startswith("modelspec.") or name == "ss_base_model_version"]
