@@ -135,7 +135,7 @@ class Trackers:
         self._each(lambda one: one.start(values))
 
     def log(self, report: StepReport) -> None:
-        """A hook: show the step, and the seconds since the last one."""
+        """A hook: show the step, and the seconds since the last one or its pictures."""
         before, self._last = self._last, time.monotonic()
         values = values_of(report) | {"step_seconds": self._last - before}
         self._each(lambda one: one.scalars(report.step, values))
@@ -143,6 +143,7 @@ class Trackers:
     def images(self, step: int, tag: str, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
         """Show pictures, each (H, W, 3) uint8, as they were after a step, each with its caption."""
         self._each(lambda one: one.images(step, tag, pictures, captions))
+        self._last = time.monotonic()
 
     def close(self) -> None:
         """End all of them."""
@@ -157,6 +158,6 @@ class Trackers:
                     call(one)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - libraries fail in their own ways.
                 self._own.remove(one)
-                reason = shorten(str(error), 200) or type(error).__name__
+                reason = shorten(str(error), 200).rstrip(".") or type(error).__name__
                 self._tell(f"{one.name}: {reason}; the training goes on without it")
         sys.argv = words

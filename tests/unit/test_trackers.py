@@ -149,6 +149,19 @@ def test_pictures_that_a_service_does_not_take_and_an_exit_do_not_stop_a_run(tmp
     assert "3; the training goes on without it" in told[1]
 
 
+def test_the_time_of_a_step_is_without_pictures(tmp_path, services, monkeypatch):  # noqa: F811
+    clock = [10.0]
+    monkeypatch.setattr("dreambooth_ms.training.trackers.time.monotonic", lambda: clock[0])
+    run = Run(tmp_path / "dog", ["--report_to", "wandb"])
+    for step, seconds in ((1, 2.5), (2, 0.5)):
+        clock[0] += seconds
+        run.take([step])
+        clock[0] += 60
+        run.trackers.images(step, "validation", PICTURES, PROMPTS)
+    run.end()
+    assert [values["step_seconds"] for values in logged(services["wandb"]).values()] == [2.5, 0.5]
+
+
 def test_a_damaged_record_of_ids_begins_a_new_run(tmp_path, services):  # noqa: F811
     Run(tmp_path / "dog", ["--report_to", "wandb"]).end()
     (tmp_path / "dog" / IDS).write_text('{"wandb": ')
