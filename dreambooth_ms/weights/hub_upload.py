@@ -23,8 +23,8 @@ def open_repository(name: str, token: str | None, private: bool) -> str:
         account: dict[str, Any] = api.whoami()
     own, role = account["name"], account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        advice = f"make one that may write, at {constants.ENDPOINT}/settings/tokens"
-        raise WeightError(f"{name}: the token of {own} may only read; {advice}")
+        place = f"{constants.ENDPOINT}/settings/tokens"
+        raise WeightError(f"{name}: the token of {own} may only read; make one that may write, at {place}")
     owners = [own, *(one["name"] for one in account.get("orgs", ()))]
     owner, _, model = name.rpartition("/")
     if owner and owner not in owners:
