@@ -2,6 +2,7 @@
 
     python -m tools.bench_methods                     # four methods, three seeds each, as many steps as the quickstart
     python -m tools.bench_methods --subjects 2        # two subjects, of which each is a new word: at once, and merged
+    python -m tools.bench_methods --subjects 2 --second circle   # the other one of another class
     python -m tools.bench_methods --methods custom_diffusion --seeds 1 --steps 20 --folder /tmp/methods
 
 It prints the tables of docs/methods.md: `evaluate`'s figures on the quickstart's prompts, their mean and range over the
@@ -67,11 +68,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--subjects", type=int, choices=[1, 2], default=1, help="2: those methods that teach new words")
+    parser.add_argument("--second", choices=["star", "circle"], default="star", help="class of the second subject")
     parser.add_argument("--steps", type=int, default=None, help="for each subject; None: the quickstart's")
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="where the runs are written")
     arguments = parser.parse_args()
     methods = [one for one in arguments.methods if arguments.subjects == 1 or one in OF_WORDS]
-    bench = Bench(arguments.folder, arguments.seeds, arguments.steps)
+    bench = Bench(arguments.folder, arguments.seeds, arguments.steps, arguments.second)
     print(table(bench.one_subject(methods) if arguments.subjects == 1 else bench.two_subjects(methods)))
     write_sheet(arguments.folder / f"sheet-{arguments.subjects}.png", "Same prompts, same noise.", bench.rows)
 
@@ -90,14 +92,16 @@ class Bench:
         folder: where they are written.
         seeds: how many of each.
         steps: for each subject; None: the quickstart's.
+        second: the second subject's class.
     """
 
-    def __init__(self, folder: Path, seeds: int, steps: int | None = None) -> None:
+    def __init__(self, folder: Path, seeds: int, steps: int | None = None, second: str = "star") -> None:
         set_up_device("CPU", 0)
+        self._classes = ("star", second)
         self._folder, self._seeds = folder, range(seeds)
         self._config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
         self.steps = steps or self._config["run"]["max_train_steps"]
-        self._subjects = [SUBJECT, write_second_subject(folder / "second_subject")]
+        self._subjects = [SUBJECT, write_second_subject(folder / "second_subject", second)]
         self._embed, self._prompts = load_clip_embedder(BASE / "clip").pictures, read_prompts(PROMPTS)
         self._photographs = [
             [np.asarray(open_picture(one.path)) for one in Source(folder, "").records(print)]
@@ -141,23 +145,24 @@ class Bench:
 
     def _single(self, method: str, seed: int, subject: int = 0) -> Path:
         """A run of one subject."""
-        run = self._folder / f"{method}-{seed}{'-second' if subject else ''}"
-        own = {"config": CONFIG, "class_data_dir": self._folder / "class_images", "max_train_steps": self.steps}
-        own |= {"instance_data_dir": self._subjects[subject]}
+        run, name = self._folder / f"{method}-{seed}{'-second' if subject else ''}", self._classes[subject]
+        own = {"config": CONFIG, "max_train_steps": self.steps, "instance_data_dir": self._subjects[subject]}
+        if METHODS[method].get("with_prior_preservation", True):
+            own |= self._class(name)
         if method in OF_WORDS:
-            own |= {"modifier_token": WORDS[subject], "initializer_token": "star"}
-            own |= {"instance_prompt": f"a photo of a {WORDS[subject]} star"}
+            own |= {"modifier_token": WORDS[subject], "initializer_token": name}
+            own |= {"instance_prompt": f"a photo of a {WORDS[subject]} {name}"}
         command("train", {"method": method, "seed": seed, "output_dir": run, **own, **METHODS[method]})
         return run
 
     def _joint(self, method: str, seed: int) -> Path:
         """A run of both, with as many steps for each as in one of its own."""
         run, listed, config = self._folder / f"{method}-{seed}-both", self._folder / "both.json", dict(self._config)
-        of_class = {"class_data_dir": "class_images", "class_prompt": CLASS_PROMPT}
-        of_class = of_class if METHODS[method].get("with_prior_preservation", True) else {}
+        keeps = METHODS[method].get("with_prior_preservation", True)
         entries = [
-            {"instance_data_dir": str(folder.resolve()), "instance_prompt": f"a photo of a {word} star", **of_class}
-            for folder, word in zip(self._subjects, WORDS, strict=True)
+            {"instance_data_dir": str(folder.resolve()), "instance_prompt": f"a photo of a {word} {name}"}
+            | (self._class(name) if keeps else {})
+            for folder, word, name in zip(self._subjects, WORDS, self._classes, strict=True)
         ]
         listed.write_text(json.dumps(entries, indent=1), encoding="utf-8")
         for section in ("data", "prior"):
@@ -165,9 +170,14 @@ class Bench:
             config[section] = {name: value for name, value in config[section].items() if name not in named}
         (self._folder / "both.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         own = {"config": self._folder / "both.yaml", "concepts_list": listed, "max_train_steps": 2 * self.steps}
-        own |= {"modifier_token": "+".join(WORDS), "initializer_token": "star+star"}
+        own |= {"modifier_token": "+".join(WORDS), "initializer_token": "+".join(self._classes)}
         command("train", {"method": method, "seed": seed, "output_dir": run, **own, **METHODS[method]})
         return run
+
+    def _class(self, name: str) -> dict[str, str]:
+        """Of a class, where its pictures are and what they read."""
+        folder = self._folder.resolve() / ("class_images" if name == "star" else f"class_images_{name}")
+        return {"class_data_dir": str(folder), "class_prompt": CLASS_PROMPT.replace("star", name)}
 
     def _merged(self, seed: int) -> Path:
         """Of a run of each."""
@@ -182,7 +192,9 @@ class Bench:
     def pictures_of(self, run: Path, words: Sequence[str]) -> Pictures:
         """Of each word, and last of the class: by a run's result, or a model."""
         is_model, name = (run / "model_index.json").is_file(), "base" if run == BASE else run.name
-        own = [[prompt.replace(RARE_WORD, word) for prompt in self._prompts] * OF_EACH_PROMPT for word in words]
+        named = zip(words, self._classes, strict=False)
+        subjects = [f"{word} {name}" for word, name in named]
+        own = [[one.replace(f"{RARE_WORD} star", to) for one in self._prompts] * OF_EACH_PROMPT for to in subjects]
         prompts = [*chain.from_iterable(own), *[CLASS_PROMPT] * OF_CLASS]
         asked = SampleRequest(prompts=tuple(prompts), purpose=PURPOSE, **SAMPLING)
         model = SamplingModel(open_bundle(run if is_model else BASE), [] if is_model else [run])
@@ -202,12 +214,19 @@ class Bench:
         return found
 
 
-def write_second_subject(folder: Path) -> Path:
-    """Write pictures of a pink star with black dots; returns the folder."""
+def write_second_subject(folder: Path, shape: str) -> Path:
+    """Write pictures of a pink shape with black dots; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(subject_scenes(len(BACKGROUNDS), seed=8)):
         star = replace(
-            scene, colour="pink", accent="black", pattern="dotted", pattern_period=12, outline=None, eyes=None
+            scene,
+            shape=shape,
+            colour="pink",
+            accent="black",
+            pattern="dotted",
+            pattern_period=12,
+            outline=None,
+            eyes=None,
         )
         own = replace(star, background=BACKGROUNDS[number])
         Image.fromarray(render(own)).save(folder / f"{number + 1}.png")
