@@ -12,9 +12,8 @@ import sentencepiece
 from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import (
+    config_of,
     pipeline_configs,
-    write_roberta_config,
-    write_t5_config,
     write_text_config,
     write_unet_config,
     write_vae_config,
@@ -249,6 +248,17 @@ def write_sentencepiece(folder: Path, form: str) -> int:
     (folder / name).write_bytes(model.getvalue())
     write_json(folder / "tokenizer_config.json", {"model_max_length": 512})
     return 210
+
+
+def write_t5_config(spec: T5Spec) -> dict[str, Any]:
+    """The inverse of `read_t5_config`."""
+    return config_of("t5", spec, architectures=["T5EncoderModel"])
+
+
+def write_roberta_config(spec: RobertaSpec) -> dict[str, Any]:
+    """The inverse of `read_roberta_config`."""
+    config = config_of("roberta", spec, architectures=["RobertaSeriesModelWithTransformation"])
+    return vars(config.pop("transformer")) | config
 
 
 def write_random_if(folder: Path, seed: int = 0, second: bool = False, levels: int = 2, **unet: Any) -> Path:

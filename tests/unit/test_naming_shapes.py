@@ -12,7 +12,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.formats.model_config import (
-    write_roberta_config,
     write_text_config,
     write_unet_config,
     write_vae_config,
@@ -35,7 +34,7 @@ from dreambooth_ms.models.specs import (
     UNetSpec,
 )
 from dreambooth_ms.training.memory import ranks_of
-from tests.tiny_model import SDXL_UNET, TEXT, UNET, VAE
+from tests.tiny_model import SDXL_UNET, TEXT, UNET, VAE, write_roberta_config
 
 # As the published config.json files have it.
 ADDED_CONDITIONS = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
