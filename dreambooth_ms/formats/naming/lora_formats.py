@@ -263,9 +263,9 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
     if kind != "lora":
         return slots if update_kinds.fits(kind, shapes, weight) else None
     rank, points = next(iter(shapes[DOWN]), 0), tuple(1 for _ in weight[2:])
-    around = (*weight[:2], *points) if MID in found else weight
-    expected = dict(zip((DOWN, UP), factor_shapes(around, rank), strict=True))
-    expected |= {MID: (rank, rank, *weight[2:])} if MID in found else {}
+    expected = {DOWN: (rank, *weight[1:]), UP: (weight[0], rank, *points)}
+    if MID in found:
+        expected |= {DOWN: (rank, weight[1], *points), MID: (rank, rank, *weight[2:])}
     own = {factor: found_slot(found[factor], shape, shapes[factor]) for factor, shape in expected.items()}
     if not (rank and update_kinds.norms_fit(shapes, weight) and all(own.values())):
         return None
@@ -281,11 +281,6 @@ def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[
         for name, shape in model_shapes(model).items()
         if weight.fullmatch(name) and len(shape) > 1 and name.partition(".")[0] in wanted
     }
-
-
-def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
-    """The shapes of A and B for a layer's weight."""
-    return (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
 
 
 def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dict[str, Slot]:
