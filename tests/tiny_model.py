@@ -31,6 +31,7 @@ from dreambooth_ms.models.specs import (
     TransformerSpec,
     UNetSpec,
     VaeSpec,
+    at_level,
 )
 from dreambooth_ms.models.t5 import T5EncoderModel
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -130,7 +131,7 @@ def of_levels(unet: UNetSpec, levels: int) -> UNetSpec:
         block_out_channels=(unet.block_out_channels[0],),
         has_attention=(levels == 1,),
         num_heads=(unet.num_heads[kept],),
-        transformer_layers_per_block=unet.transformer_layers(kept),
+        transformer_layers_per_block=at_level(unet.transformer_layers_per_block, kept),
     )
 
 

@@ -97,10 +97,6 @@ class UNetSpec:
         """Width of the text that it reads."""
         return self.encoder_hid_dim or self.cross_attention_dim
 
-    def transformer_layers(self, level: int) -> int:
-        """Transformer blocks in each transformer of a resolution."""
-        return at_level(self.transformer_layers_per_block, level)
-
     def num_add_time_ids(self, pooled_width: int) -> int:
         """add_time_ids of a picture that are read with pooled text of this width: 6 in SDXL, 5 in its refiner.
 
