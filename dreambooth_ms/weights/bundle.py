@@ -62,10 +62,6 @@ class Role:
     """What caches of its results are keyed by, and a run that goes on knows it by."""
 
 
-class Denoiser(Role):
-    """What predicts noise or velocity, by a cell like `UNet2DConditionModel`."""
-
-
 class Codec(Role):
     """Pictures <-> latents: an autoencoder, or nothing but the pixels. Its spec has what `VaeSpec` has, but for layers.
 
@@ -256,7 +252,8 @@ class ModelBundle:
     """A model by its roles; no weight has been read yet."""
 
     path: Path
-    denoiser: Denoiser
+    denoiser: Role
+    """What predicts noise or velocity, by a cell like `UNet2DConditionModel`."""
     codec: Codec
     text: tuple[TextReader, ...]
     schedule: Schedule
@@ -419,7 +416,7 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
-        denoiser=Denoiser(unet.spec, lambda: fill(UNet2DConditionModel(unet.spec), unet), unet.digest),
+        denoiser=Role(unet.spec, lambda: fill(UNet2DConditionModel(unet.spec), unet), unet.digest),
         codec=Codec.of_pixels() if has_pixels else Codec.of_vae(model.network("vae", model_config.read_vae_config)),
         text=tuple(text),
         schedule=Schedule(source, scheduler),
