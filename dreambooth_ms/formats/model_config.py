@@ -27,12 +27,8 @@ BETAS = {kind: own["betas"] for own in TABLES["scheduler"]["classes"] for kind i
 
 
 def read_config(path: Path, content: Config, read: Callable[[Config], Spec], check_sizes: bool = True) -> Spec:
-    """The spec that a configuration file says, by one of the readers below.
-
-    Raises:
-        WeightError: a key is missing or not known, a value is not supported, or no network has such sizes (with
-            `check_sizes`); the message names the file.
-    """
+    """The spec that a configuration file says, by one of the readers below. WeightError, which names the file, if a key
+    is missing or not known, a value is not supported, or no network has such sizes (with `check_sizes`)."""
     try:
         spec = read(content)
     except UserError as error:

@@ -113,10 +113,8 @@ def recognise_lora(
     """The format of a LoRA, which models it is for, and how it is read.
 
     `parts` is the one that a file of PEFT is for, where its folder says so. For the message: the file or folder, that
-    of the only model it may be for, and what to do if none fits.
-
-    Raises:
-        WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
+    of the only model it may be for, and what to do if none fits. WeightError if it is no LoRA, one by another method,
+    or one that fits none of the models: the nearest is named.
     """
     names = [unwrapped(name) for name in stored]
     if methods := matching(OTHER_METHODS, names):
@@ -199,10 +197,8 @@ def write_plan(
     """What each tensor of a file is made of, for the layers that are adapted, in their order, each with its factors.
 
     The pieces are the public names of factors. Where a format keeps one A for several layers (`Assembly.shared`), these
-    must have one, and all be there (`shared_layers`). `source` is the LoRA, for the message.
-
-    Raises:
-        WeightError: layers, or kinds of updates, that the format has no place for.
+    must have one, and all be there (`shared_layers`). `source` is the LoRA, for the message. WeightError if there are
+    layers, or kinds of updates, that the format has no place for.
     """
     parts = {layer.partition(".")[0] for layer in layers}
     assert form is not LoraFormat.PEFT or len(parts) == 1, "a folder is a part's"
