@@ -47,13 +47,10 @@ ADAPTER_FORMATS: dict[str, AdapterFormat] = {**LORA_FORMATS, **{form.name.lower(
 """As users name them."""
 
 EXTENSIONS: Mapping[Format | AdapterFormat, tuple[str, ...]] = {
-    Format.DIFFUSERS: ("",),
-    Format.STABILITY: (".safetensors",),
-    Format.MINDONE: (".ckpt",),
     **dict.fromkeys([*LoraFormat, OtherFormat.CUSTOM_DIFFUSION], ("", ".safetensors")),
-    OtherFormat.EMBEDDING: ("",),
-    LoraFormat.PEFT: ("",),
-    LoraFormat.MINDONE: (".ckpt",),
+    **dict.fromkeys([Format.DIFFUSERS, LoraFormat.PEFT, OtherFormat.EMBEDDING], ("",)),
+    **dict.fromkeys([Format.MINDONE, LoraFormat.MINDONE], (".ckpt",)),
+    Format.STABILITY: (".safetensors",),
 }
 """What names of files in a format may end in; a folder in nothing."""
 

@@ -12,9 +12,8 @@ import sentencepiece
 from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import (
+    config_of,
     pipeline_configs,
-    write_roberta_config,
-    write_t5_config,
     write_text_config,
     write_unet_config,
     write_vae_config,
@@ -32,6 +31,7 @@ from dreambooth_ms.models.specs import (
     TransformerSpec,
     UNetSpec,
     VaeSpec,
+    at_level,
 )
 from dreambooth_ms.models.t5 import T5EncoderModel
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -131,7 +131,7 @@ def of_levels(unet: UNetSpec, levels: int) -> UNetSpec:
         block_out_channels=(unet.block_out_channels[0],),
         has_attention=(levels == 1,),
         num_heads=(unet.num_heads[kept],),
-        transformer_layers_per_block=unet.transformer_layers(kept),
+        transformer_layers_per_block=at_level(unet.transformer_layers_per_block, kept),
     )
 
 
@@ -249,6 +249,17 @@ def write_sentencepiece(folder: Path, form: str) -> int:
     (folder / name).write_bytes(model.getvalue())
     write_json(folder / "tokenizer_config.json", {"model_max_length": 512})
     return 210
+
+
+def write_t5_config(spec: T5Spec) -> dict[str, Any]:
+    """The inverse of `read_t5_config`."""
+    return config_of("t5", spec, architectures=["T5EncoderModel"])
+
+
+def write_roberta_config(spec: RobertaSpec) -> dict[str, Any]:
+    """The inverse of `read_roberta_config`."""
+    config = config_of("roberta", spec, architectures=["RobertaSeriesModelWithTransformation"])
+    return vars(config.pop("transformer")) | config
 
 
 def write_random_if(folder: Path, seed: int = 0, second: bool = False, levels: int = 2, **unet: Any) -> Path:

@@ -8,7 +8,7 @@ from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Container
-from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat, lora_layers
 from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, UP
 from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.training.checkpoint import STEP_KEY
@@ -23,6 +23,11 @@ ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 def lora_update(down, up, alpha=None):
     """The update alpha / r * B A of a layer, r where there is no alpha."""
     return Update({DOWN: down, UP: up} | ({} if alpha is None else {ALPHA: np.array(alpha)}))
+
+
+def factor_shapes(weight, rank):
+    """The shapes of A and B for a layer's weight."""
+    return (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
 
 
 def attention(layer):

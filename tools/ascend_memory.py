@@ -111,12 +111,12 @@ def _batch(args: argparse.Namespace, spec: Any, trained_texts: int) -> list[Any]
 
 
 def _workload(args: argparse.Namespace, spec: Any, texts: Sequence[Any]) -> Any:
-    from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
+    from dreambooth_ms.models.parameter_shapes import text_shapes, unet_shapes
     from dreambooth_ms.training.memory import FLOAT32, Workload, ranks_of
     from dreambooth_ms.weights.bundle import CLIP_TARGETS
 
     side, width = args.resolution // spec.vae.downsampling, FLOAT32 if args.mixed_precision == "no" else 2
-    shapes = [(unet_shapes(spec.unet), UNET_TARGETS), *((clip_text_shapes(one), CLIP_TARGETS) for one in texts)]
+    shapes = [(unet_shapes(spec.unet), UNET_TARGETS), *((text_shapes(one), CLIP_TARGETS) for one in texts)]
     return Workload(
         unet=spec.unet,
         text_encoders=texts,

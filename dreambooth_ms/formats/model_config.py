@@ -27,12 +27,8 @@ BETAS = {kind: own["betas"] for own in TABLES["scheduler"]["classes"] for kind i
 
 
 def read_config(path: Path, content: Config, read: Callable[[Config], Spec], check_sizes: bool = True) -> Spec:
-    """The spec that a configuration file says, by one of the readers below.
-
-    Raises:
-        WeightError: a key is missing or not known, a value is not supported, or no network has such sizes (with
-            `check_sizes`); the message names the file.
-    """
+    """The spec that a configuration file says, by one of the readers below. WeightError, which names the file, if a key
+    is missing or not known, a value is not supported, or no network has such sizes (with `check_sizes`)."""
     try:
         spec = read(content)
     except UserError as error:
@@ -100,7 +96,7 @@ def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     if spec.simple_blocks:
         width = spec.block_out_channels[-1] // spec.num_heads[-1]
         own = {"attention_head_dim": width, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}
-    config = _config_of("unet", spec, _class_name="UNet2DConditionModel", **_block_types(spec), **own)
+    config = config_of("unet", spec, _class_name="UNet2DConditionModel", **_block_types(spec), **own)
     return {key: value for key, value in config.items() if key not in ("has_attention", "num_heads", "simple_blocks")}
 
 
@@ -136,7 +132,7 @@ def _check_counts(lists: Mapping[str, Sequence[float] | None], expected: int) ->
 def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
     """The inverse of `read_vae_config`."""
     levels = len(spec.block_out_channels)
-    return _config_of(
+    return config_of(
         "vae",
         spec,
         _class_name="AutoencoderKL",
@@ -181,23 +177,12 @@ def read_t5_config(config: Config) -> specs.T5Spec:
     return _read(specs.T5Spec, config)
 
 
-def write_t5_config(spec: specs.T5Spec) -> dict[str, Any]:
-    """The inverse of `read_t5_config`."""
-    return _config_of("t5", spec, architectures=["T5EncoderModel"])
-
-
 def read_roberta_config(config: Config) -> specs.RobertaSpec:
     """FlagAI's RobertaSeriesModelWithTransformation configuration -> spec."""
     check_keys(config, "roberta")
     # Of these, transformers' XLM-R and our tower say otherwise where nothing is said.
     tower = _read(TransformerSpec, config, "hidden_act", "layer_norm_eps")
     return _read(specs.RobertaSpec, config, transformer=tower)
-
-
-def write_roberta_config(spec: specs.RobertaSpec) -> dict[str, Any]:
-    """The inverse of `read_roberta_config`."""
-    config = _config_of("roberta", spec, architectures=["RobertaSeriesModelWithTransformation"])
-    return vars(config.pop("transformer")) | config
 
 
 def read_any_text_config(config: Config) -> specs.TextSpec:
@@ -291,7 +276,7 @@ def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
     """
     own: dict[str, Any] = {"_class_name": "DDIMScheduler"}
     own |= {"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}
-    config, rare = _config_of("scheduler", spec, **own), ("trained_betas", "rescale_betas_zero_snr")
+    config, rare = config_of("scheduler", spec, **own), ("trained_betas", "rescale_betas_zero_snr")
     return {key: value for key, value in config.items() if value or key not in rare}
 
 
@@ -339,7 +324,7 @@ def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _config_of(table: str, spec: Any, **more: Any) -> dict[str, Any]:
+def config_of(table: str, spec: Any, **more: Any) -> dict[str, Any]:
     """The fields of a spec as JSON has them, what its table says, and more keys, in alphabetical order."""
     own = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(spec).items()}
     return dict(sorted((own | TABLES[table]["written"] | more).items()))

@@ -19,10 +19,8 @@ from dreambooth_ms.ops.linear import Gelu, QuickGelu, empty_parameter
 class CLIPTextModel(TextEncoder):
     """Token ids (B, S) -> normalised hidden states (B, S, D); of one that pools, what `read` yields.
 
-    Args:
-        spec: its sizes. With a projection it pools the text, as SDXL's second one does.
-        last_layer: whether `read` yields the normalised states, as SD 1 and 2 take them, or those before the last layer
-            without a norm, as SDXL does, and any that pools.
+    With a projection it pools the text, as SDXL's second one does. With `last_layer` `read` yields the normalised
+    states, as SD 1 and 2 take them, else those before the last layer without a norm, as SDXL does, and any that pools.
     """
 
     table = TABLE
@@ -54,7 +52,6 @@ class CLIPTextModel(TextEncoder):
 
     @property
     def most_skipped(self) -> int:
-        """How many layers `read` can leave out."""
         return self.spec.transformer.num_hidden_layers - (1 if self.last_layer else 2)
 
     def is_read(self, parameter: str, skip: int) -> bool:

@@ -218,10 +218,7 @@ class TextAndPixelAttention(Attention):
 LAYERS: dict[LayerKind, Callable[[Layer, Any], nn.Cell]] = {
     LayerKind.CONV: lambda layer, _: Conv2d(layer.in_channels, layer.out_channels),
     LayerKind.NORM: lambda layer, spec: GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, spec.act_fn),
-    LayerKind.RESNET: ResnetBlock2D,
-    LayerKind.SKIP_RESNET: ResnetBlock2D,
-    LayerKind.RESNET_DOWNSAMPLER: ResnetBlock2D,
-    LayerKind.RESNET_UPSAMPLER: ResnetBlock2D,
+    **{kind: ResnetBlock2D for kind in LayerKind if "RESNET" in kind.name},
     LayerKind.TEXT_AND_PIXEL_ATTENTION: TextAndPixelAttention,
     LayerKind.DOWNSAMPLER: Downsample2D,
     LayerKind.UPSAMPLER: Upsample2D,

@@ -178,7 +178,7 @@ class _Walk:
             self.add(LayerKind.PIXEL_ATTENTION, name, level)
         elif self.spec.simple_blocks:
             self.add(LayerKind.TEXT_AND_PIXEL_ATTENTION, name, level, others=self.text)
-        elif (depth := self.spec.transformer_layers(level)) == 1:
+        elif (depth := at_level(self.spec.transformer_layers_per_block, level)) == 1:
             self.add(LayerKind.TRANSFORMER, name, level, others=self.text)
         else:
             image = self.x

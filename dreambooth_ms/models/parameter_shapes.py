@@ -35,16 +35,12 @@ def vae_shapes(spec: VaeSpec) -> dict[str, Shape]:
 
 def text_shapes(spec: TextSpec) -> dict[str, Shape]:
     """The parameters of a text encoder."""
-    match spec:
-        case T5Spec():
-            return dict(_named("", _t5(spec)))
-        case RobertaSpec():
-            return dict(_named("", _roberta(spec)))
-    return clip_text_shapes(spec)
+    tree = {ClipTextSpec: _clip, T5Spec: _t5, RobertaSpec: _roberta}[type(spec)]
+    return dict(_named("", tree(spec)))
 
 
-def clip_text_shapes(spec: ClipTextSpec) -> dict[str, Shape]:
-    """The parameters of transformers' CLIPTextModel, or of CLIPTextModelWithProjection if the spec has a projection."""
+def _clip(spec: ClipTextSpec) -> Tree:
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection if the spec has a projection."""
     tower, width = spec.transformer, spec.transformer.hidden_size
     layer = {
         "layer_norm1": _norm(width),
@@ -61,7 +57,7 @@ def clip_text_shapes(spec: ClipTextSpec) -> dict[str, Shape]:
         "final_layer_norm": _norm(width),
     }
     projection = {"text_projection": _linear(width, spec.projection_dim, bias=False)} if spec.projection_dim else {}
-    return dict(_named("", {"text_model": model, **projection}))
+    return {"text_model": model, **projection}
 
 
 def _t5(spec: T5Spec) -> Tree:

@@ -47,7 +47,6 @@ class RobertaSeriesModelWithTransformation(TextEncoder):
         return (self.transformation(x_BSD),)
 
     def is_read(self, parameter: str, skip: int) -> bool:
-        """Whether what `read` yields depends on a parameter."""
         unread = ("transformation.", f"roberta.encoder.layer.{self.layers_read}.")
         return not (self.spec.has_pre_transformation and parameter.startswith(unread))
 

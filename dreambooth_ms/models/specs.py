@@ -1,7 +1,8 @@
 """Families as data: what distinguishes one Stable Diffusion from another.
 
 The field names follow the `config.json` files of diffusers and transformers, from which
-`formats/model_config.py` fills these rows; `families.yaml` has the published ones.
+`formats/model_config.py` fills these rows; `families.yaml` has the published ones. `problems` says why no network has
+the sizes of a spec, a reason each, by the names in configurations.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,10 +98,6 @@ class UNetSpec:
         """Width of the text that it reads."""
         return self.encoder_hid_dim or self.cross_attention_dim
 
-    def transformer_layers(self, level: int) -> int:
-        """Transformer blocks in each transformer of a resolution."""
-        return at_level(self.transformer_layers_per_block, level)
-
     def num_add_time_ids(self, pooled_width: int) -> int:
         """add_time_ids of a picture that are read with pooled text of this width: 6 in SDXL, 5 in its refiner.
 
@@ -112,7 +109,6 @@ class UNetSpec:
         return 0 if rest else ids
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each, by the names in configurations."""
         channels = self.block_out_channels
         by_level = {"down_block_types": self.has_attention, "attention_head_dim": self.num_heads}
         depths = {name: getattr(self, name) for name in ("transformer_layers_per_block", "layers_per_block")}
@@ -173,7 +169,6 @@ class VaeSpec:
         return latents * factor + self._by_channel(self.latents_mean, 0.0)
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each, by the names in configurations."""
         channels = self.block_out_channels
         if not channels:
             yield "block_out_channels is empty"
@@ -202,7 +197,6 @@ class TransformerSpec:
     layer_norm_eps: float = 1e-5
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each."""
         yield from _indivisible("hidden_size", [self.hidden_size], "num_attention_heads", self.num_attention_heads)
 
 
@@ -218,7 +212,6 @@ class ClipTextSpec:
     """Width of the projected pooled text; None for a tower without a projection of its own."""
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each."""
         yield from self.transformer.problems()
         if self.eos_token_id >= self.vocab_size:
             yield f"eos_token_id {self.eos_token_id} is none of {self.vocab_size} tokens (vocab_size)"
@@ -241,7 +234,6 @@ class T5Spec:
     pad_token_id: ClassVar[int] = 0
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each."""
         buckets = [self.relative_attention_num_buckets]
         yield from _indivisible("relative_attention_num_buckets", buckets, "near and far, before and after:", 4)
 
@@ -268,7 +260,6 @@ class RobertaSpec:
         return self.max_position_embeddings - self.pad_token_id - 1
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each."""
         yield from self.transformer.problems()
         if self.longest < 3:
             yield f"max_position_embeddings {self.max_position_embeddings} leaves no room for a text"
@@ -283,7 +274,6 @@ class ClipVisionSpec:
     patch_size: int = 32
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each."""
         yield from self.transformer.problems()
         yield from _indivisible("image_size", [self.image_size], "patch_size", self.patch_size)
 
@@ -297,7 +287,6 @@ class ClipSpec:
     projection_dim: int = 512
 
     def problems(self) -> Iterator[str]:
-        """Why no network has these sizes, a reason each."""
         yield from self.text.problems()
         yield from self.vision.problems()
 

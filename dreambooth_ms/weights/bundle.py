@@ -62,10 +62,6 @@ class Role:
     """What caches of its results are keyed by, and a run that goes on knows it by."""
 
 
-class Denoiser(Role):
-    """What predicts noise or velocity, by a cell like `UNet2DConditionModel`."""
-
-
 class Codec(Role):
     """Pictures <-> latents: an autoencoder, or nothing but the pixels. Its spec has what `VaeSpec` has, but for layers.
 
@@ -256,7 +252,8 @@ class ModelBundle:
     """A model by its roles; no weight has been read yet."""
 
     path: Path
-    denoiser: Denoiser
+    denoiser: Role
+    """What predicts noise or velocity, by a cell like `UNet2DConditionModel`."""
     codec: Codec
     text: tuple[TextReader, ...]
     schedule: Schedule
@@ -391,14 +388,9 @@ class ModelBundle:
 def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None) -> ModelBundle:
     """Check a folder, or a model in a single file, and read its configurations.
 
-    Args:
-        path: the folder or file.
-        variant: of a folder's weight files.
-        vae: another autoencoder to be used in place of its own: its folder, a model folder with one, or a file that
-            holds it alone.
-
-    Raises:
-        WeightError: it is no model, a part is missing, or it holds another kind of model.
+    `variant` is that of a folder's weight files; `vae` is another autoencoder to be used in place of its own: its
+    folder, a model folder with one, or a file that holds it alone. WeightError if it is no model, a part is missing, or
+    it holds another kind of model.
     """
     model, tokenizers = _opened(path, variant, unused=("vae",) if vae else ())
     unet = model.network("unet", model_config.read_unet_config)
@@ -419,7 +411,7 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
-        denoiser=Denoiser(unet.spec, lambda: fill(UNet2DConditionModel(unet.spec), unet), unet.digest),
+        denoiser=Role(unet.spec, lambda: fill(UNet2DConditionModel(unet.spec), unet), unet.digest),
         codec=Codec.of_pixels() if has_pixels else Codec.of_vae(model.network("vae", model_config.read_vae_config)),
         text=tuple(text),
         schedule=Schedule(source, scheduler),
@@ -470,16 +462,11 @@ def load_strict(
     source: str,
     ignore_unexpected: Iterable[str] = (),
 ) -> None:
-    """Fill every parameter of a network. Nothing is written unless everything fits.
+    """Fill every parameter of a network by its public name. Nothing is written unless everything fits.
 
-    Args:
-        root: the network.
-        tensors: values by public name. Those that are in files are read one at a time, so that memory holds them once.
-        source: the file or folder they come from, for the message.
-        ignore_unexpected: names that may be there although the network has no use for them.
-
-    Raises:
-        WeightError: lists all missing, unexpected and mis-shaped names.
+    Values that are in files are read one at a time, so that memory holds them once. Names to ignore may be there
+    although the network has no use for them. WeightError lists all missing, unexpected and mis-shaped names of the
+    source, which is the file or folder that the values come from.
     """
     wanted = public_parameters(root)
     misfits = {
@@ -508,11 +495,8 @@ _ENCODERS: Mapping[type[nn.Cell], tuple[str, str, str, Callable[[Config], Any]]]
 
 
 def load_encoder(folder: Path, kind: type[Network]) -> Network:
-    """Both towers of CLIP, or DINO's vision transformer, from a folder in transformers' layout.
-
-    Raises:
-        WeightError: it holds none, or its weights do not fit its configuration.
-    """
+    """Both towers of CLIP, or DINO's vision transformer, from a folder in transformers' layout; WeightError if it
+    holds none, or its weights do not fit its configuration."""
     model_type, what, example, read = _ENCODERS[kind]
     config = read_json(folder / "config.json", f"{folder} holds no {what}")
     if (found := config.get("model_type", model_type)) != model_type:

@@ -167,16 +167,12 @@ class OpenedModel(TensorFile):
 def open_model(
     path: Path, variant: str | None = None, use_averages: bool = False, unused: Collection[str] | None = None
 ) -> OpenedModel:
-    """Recognise a model and open it; its tensors are not read, and misfits are in its report.
+    """Recognise a model in a file, or a folder in diffusers' layout, and open it; its tensors are not read, and misfits
+    are in its report. WeightError if it is not there, damaged, or no model of a family that is known.
 
-    Args:
-        path: a folder in diffusers' layout, or a file.
-        variant: which of the files in a folder; None for the plain ones, or for the only variant.
-        use_averages: take the moving averages (EMA) of the weights that have them.
-        unused: networks that are passed over, of all that a folder's index names; None: those that it lacks.
-
-    Raises:
-        WeightError: no such file, damaged, or no model of a family that is known.
+    `variant` says which of the files in a folder; None: the plain ones, or the only variant. With `use_averages`
+    weights are their moving averages (EMA), where they have them. Of all networks that a folder's index names, the
+    `unused` are passed over; None: those that it lacks.
     """
     if not path.is_dir():
         model = model_of(open_tensor_file(path), use_averages=use_averages)

@@ -14,8 +14,7 @@ from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.model_config import read_scheduler_config, write_scheduler_config
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.schedulers import SCHEDULERS, Denoiser, Trajectory, check_scheduler
-from dreambooth_ms.weights.bundle import Codec, ModelBundle, Schedule
-from dreambooth_ms.weights.bundle import Denoiser as Role
+from dreambooth_ms.weights.bundle import Codec, ModelBundle, Role, Schedule
 from tests.parity.reference import normal, relative_error
 from tests.parity.test_schedulers import REFERENCES, reference_scheduler, request
 from tests.tiny_model import IF_SCHEDULER

@@ -19,10 +19,10 @@ from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config
-from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers, recognise_lora
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat, lora_layers, recognise_lora
 from tests.parity.reference import normal
 from tests.small_specs import SMALL
-from tests.whole_loras import lora_update
+from tests.whole_loras import factor_shapes, lora_update
 
 FAMILIES = ["sd15", "sd21", "sdxl"]
 RANK = 2

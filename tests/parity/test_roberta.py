@@ -11,7 +11,7 @@ from mindspore import Tensor
 from dreambooth_ms.adapters.lora import inject_lora
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.model_config import read_config, read_roberta_config, write_roberta_config
+from dreambooth_ms.formats.model_config import read_config, read_roberta_config
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.roberta import RobertaSeriesModelWithTransformation
 from dreambooth_ms.models.text import TextEncoders
@@ -26,6 +26,7 @@ from tests.parity.reference import (
     weights_of,
     worst_gradient_error,
 )
+from tests.tiny_model import write_roberta_config
 from tools.formulation import use_formulation
 
 # Float32 sums in another order, through three layers: measured below 1e-6.

@@ -11,7 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from dreambooth_ms.adapters.lora import inject_lora
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.model_config import read_config, read_t5_config, write_t5_config
+from dreambooth_ms.formats.model_config import read_config, read_t5_config
 from dreambooth_ms.models import t5
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import T5Spec
@@ -28,6 +28,7 @@ from tests.parity.reference import (
     weights_of,
     worst_gradient_error,
 )
+from tests.tiny_model import write_t5_config
 from tools.formulation import use_formulation
 
 # Float32 sums in another order, through two layers: measured below 1e-6.

@@ -16,7 +16,7 @@ from dreambooth_ms.cli import training_needs
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
+from dreambooth_ms.models.parameter_shapes import text_shapes, unet_shapes
 from dreambooth_ms.models.parameters import PublicParameter, initialise, public_parameters
 from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.ops import Conv2d, Dense
@@ -123,7 +123,7 @@ def bundle(tmp_path_factory):
 
 def updates(unet=SD_15_UNET, text=False, **settings):
     config = MethodConfig(**settings)
-    texts = {"text_encoder": (clip_text_shapes(CLIP_L_TEXT), CLIP_TARGETS)} if text else {}
+    texts = {"text_encoder": (text_shapes(CLIP_L_TEXT), CLIP_TARGETS)} if text else {}
     return layer_updates(config, {"unet": (unet_shapes(unet), config.targets), **texts}, unet)
 
 

@@ -15,7 +15,7 @@ from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import Embedding
-from dreambooth_ms.weights.bundle import Codec, Denoiser, ModelBundle, Schedule, TextReader
+from dreambooth_ms.weights.bundle import Codec, ModelBundle, Role, Schedule, TextReader
 from tests.tiny_model import POOLED, SDXL_TEXT_2, UNET
 
 WIDTH, LENGTH, LETTERS = 12, 6, 128
@@ -93,7 +93,7 @@ def bundle(tmp_path):
     cell = SimpleNamespace(encode=lambda pictures: pictures, decode=lambda latents: latents)
     return ModelBundle(
         path=tmp_path,
-        denoiser=Denoiser(UNET_OF_PIXELS, lambda: filled(UNet2DConditionModel(UNET_OF_PIXELS)), lambda: "unet"),
+        denoiser=Role(UNET_OF_PIXELS, lambda: filled(UNet2DConditionModel(UNET_OF_PIXELS)), lambda: "unet"),
         codec=Codec(PixelSpec(), lambda encodes=True, decodes=True: cell, lambda: "pixels"),
         text=(READER,),
         schedule=Schedule(tmp_path, {}),

@@ -14,7 +14,7 @@ from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.layout import unet_layout
-from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
+from dreambooth_ms.models.parameter_shapes import text_shapes, unet_shapes
 from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET, T5Spec
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
@@ -86,7 +86,7 @@ def test_it_is_within_a_fifth_of_what_was_measured(work, measured):
 
 def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
     """All weights of these networks where there is no rank."""
-    networks = [(unet_shapes(unet), TARGETS), *((clip_text_shapes(one), TEXT_TARGETS) for one in texts)]
+    networks = [(unet_shapes(unet), TARGETS), *((text_shapes(one), TEXT_TARGETS) for one in texts)]
     return Workload(
         unet=unet,
         text_encoders=texts,
@@ -167,7 +167,7 @@ def test_running_averages_and_the_optimiser_are_counted():
 
 
 def test_trained_text_encoders_are_counted():
-    of_text = ranks_of(clip_text_shapes(CLIP_L_TEXT), 4, TEXT_TARGETS)
+    of_text = ranks_of(text_shapes(CLIP_L_TEXT), 4, TEXT_TARGETS)
     with_text = replace(SD_15_LORA, text_encoders=(CLIP_L_TEXT,), ranks=[*SD_15_LORA.ranks, of_text])
     plain, more = estimate(SD_15_LORA).parts, estimate(with_text).parts
     assert all(more[name] > plain[name] for name in plain)

@@ -17,7 +17,6 @@ from dreambooth_ms.formats.naming.lora_formats import (
     DOWN,
     UP,
     LoraFormat,
-    factor_shapes,
     lora_format,
     lora_layers,
     lora_slots,
@@ -31,7 +30,7 @@ from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
 from tests.parity.reference import normal
 from tests.small_specs import PUBLISHED, SMALL
 from tests.stored_tensors import written_shapes
-from tests.whole_loras import lora_update
+from tests.whole_loras import factor_shapes, lora_update
 
 FORMATS = list(LoraFormat)
 LIBRARIES = {

@@ -12,13 +12,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.formats.model_config import (
-    write_roberta_config,
     write_text_config,
     write_unet_config,
     write_vae_config,
 )
 from dreambooth_ms.models import clip, unet, vae
-from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes, text_shapes, unet_shapes, vae_shapes
+from dreambooth_ms.models.parameter_shapes import model_shapes, text_shapes, unet_shapes, vae_shapes
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
@@ -35,7 +34,7 @@ from dreambooth_ms.models.specs import (
     UNetSpec,
 )
 from dreambooth_ms.training.memory import ranks_of
-from tests.tiny_model import SDXL_UNET, TEXT, UNET, VAE
+from tests.tiny_model import SDXL_UNET, TEXT, UNET, VAE, write_roberta_config
 
 # As the published config.json files have it.
 ADDED_CONDITIONS = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
@@ -86,7 +85,7 @@ class TestAgainstTheReferences:
         config = CLIPTextConfig(**write_text_config(spec, spec.projection_dim or 1))
         with torch.device("meta"):
             module = (CLIPTextModelWithProjection if spec.projection_dim else CLIPTextModel)(config)
-        assert clip_text_shapes(spec) == shapes_of(module)
+        assert text_shapes(spec) == shapes_of(module)
         assert len(shapes_of(module)) == count
 
     @pytest.mark.parametrize(
@@ -156,9 +155,9 @@ def test_our_cells_have_the_same_parameters():
     cells = (
         (unet_shapes(UNET), unet.UNet2DConditionModel(UNET)),
         (vae_shapes(VAE), vae.AutoencoderKL(VAE)),
-        (clip_text_shapes(text), clip.CLIPTextModel(text)),
+        (text_shapes(text), clip.CLIPTextModel(text)),
         (unet_shapes(SDXL_UNET), unet.UNet2DConditionModel(SDXL_UNET)),
-        (clip_text_shapes(projected), clip.CLIPTextModel(projected)),
+        (text_shapes(projected), clip.CLIPTextModel(projected)),
     )
     for shapes, cell in cells:
         assert shapes == {name: parameter.shape for name, parameter in public_parameters(cell).items()}

@@ -6,6 +6,7 @@ handle is kept: every read opens the file, and sees if it is still the one that 
 
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -228,11 +229,7 @@ def check_names(names: Sequence[str]) -> None:
 
 def is_valid_text(text: str) -> bool:
     """Whether a text can be written again; files can hold halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:

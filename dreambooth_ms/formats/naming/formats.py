@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.plan import Layout, Naming, Shape, Slot
-from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes
+from dreambooth_ms.models.parameter_shapes import model_shapes, text_shapes
 from dreambooth_ms.models.specs import Family, ModelSpec, UNetSpec, VaeSpec, at_level
 
 
@@ -130,7 +130,7 @@ def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
             if model.family is Family.SD2:
                 layers, width = tower.transformer.num_hidden_layers, tower.transformer.hidden_size
                 longer = replace(tower.transformer, num_hidden_layers=layers + 1)
-                whole = clip_text_shapes(replace(tower, transformer=longer, projection_dim=width))
+                whole = text_shapes(replace(tower, transformer=longer, projection_dim=width))
                 shapes |= {f"{part}.{name}": shape for name, shape in whole.items()}
     return shapes
 

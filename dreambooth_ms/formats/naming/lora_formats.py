@@ -113,10 +113,8 @@ def recognise_lora(
     """The format of a LoRA, which models it is for, and how it is read.
 
     `parts` is the one that a file of PEFT is for, where its folder says so. For the message: the file or folder, that
-    of the only model it may be for, and what to do if none fits.
-
-    Raises:
-        WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
+    of the only model it may be for, and what to do if none fits. WeightError if it is no LoRA, one by another method,
+    or one that fits none of the models: the nearest is named.
     """
     names = [unwrapped(name) for name in stored]
     if methods := matching(OTHER_METHODS, names):
@@ -199,10 +197,8 @@ def write_plan(
     """What each tensor of a file is made of, for the layers that are adapted, in their order, each with its factors.
 
     The pieces are the public names of factors. Where a format keeps one A for several layers (`Assembly.shared`), these
-    must have one, and all be there (`shared_layers`). `source` is the LoRA, for the message.
-
-    Raises:
-        WeightError: layers, or kinds of updates, that the format has no place for.
+    must have one, and all be there (`shared_layers`). `source` is the LoRA, for the message. WeightError if there are
+    layers, or kinds of updates, that the format has no place for.
     """
     parts = {layer.partition(".")[0] for layer in layers}
     assert form is not LoraFormat.PEFT or len(parts) == 1, "a folder is a part's"
@@ -263,9 +259,9 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
     if kind != "lora":
         return slots if update_kinds.fits(kind, shapes, weight) else None
     rank, points = next(iter(shapes[DOWN]), 0), tuple(1 for _ in weight[2:])
-    around = (*weight[:2], *points) if MID in found else weight
-    expected = dict(zip((DOWN, UP), factor_shapes(around, rank), strict=True))
-    expected |= {MID: (rank, rank, *weight[2:])} if MID in found else {}
+    expected = {DOWN: (rank, *weight[1:]), UP: (weight[0], rank, *points)}
+    if MID in found:
+        expected |= {DOWN: (rank, weight[1], *points), MID: (rank, rank, *weight[2:])}
     own = {factor: found_slot(found[factor], shape, shapes[factor]) for factor, shape in expected.items()}
     if not (rank and update_kinds.norms_fit(shapes, weight) and all(own.values())):
         return None
@@ -281,11 +277,6 @@ def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[
         for name, shape in model_shapes(model).items()
         if weight.fullmatch(name) and len(shape) > 1 and name.partition(".")[0] in wanted
     }
-
-
-def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
-    """The shapes of A and B for a layer's weight."""
-    return (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
 
 
 def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dict[str, Slot]:
