@@ -60,7 +60,8 @@ class SamplingModel:
     """Samples with one base. A picture depends on its own number, prompt and seed, not on the size of its batch.
 
     Networks are loaded when they are first needed, unless they are lent: those are used as they are, with the weights
-    that they have at the time, and nothing is put on them.
+    that they have at the time, and nothing is put on them. Raises WeightError if an adapter is none, or is for another
+    base.
 
     Args:
         bundle: the base.
@@ -71,9 +72,6 @@ class SamplingModel:
         denoiser: lent, in place of the base's UNet.
         text_encoders: lent, in place of the base's.
         embeddings: prompts that the base's text encoders have encoded already.
-
-    Raises:
-        WeightError: an adapter is none, or is for another base.
     """
 
     def __init__(
@@ -99,12 +97,8 @@ class SamplingModel:
     def sample(
         self, request: SampleRequest, on_step: OnStep | None = None, stopped: Stopped | None = None
     ) -> Iterator[Sample]:
-        """The pictures of a request, as soon as their batch is done.
-
-        Raises:
-            ConfigError: the request asks for what this model cannot do.
-            WeightError: the size does not fit the networks, or NaN comes out.
-        """
+        """The pictures of a request, as soon as their batch is done. Raises ConfigError if the request asks for what
+        this model cannot do, WeightError if the size does not fit the networks, or NaN comes out."""
         rows = self.rows(request)
         self.load()
         for number, latents in self.latents(request, rows, on_step=on_step, stopped=stopped):
@@ -308,11 +302,8 @@ def sample_refined(
     """The pictures of a request, sampled by SDXL's base and refined (Podell et al., 2023, section 2.5).
 
     The refiner goes on from the base's latents, with the same prompts; with `release`, the memory of the base's
-    networks is given back before.
-
-    Raises:
-        ConfigError: the two have different latents, or one has another noise than the scheduler's.
-    """
+    networks is given back before. Raises ConfigError if the two have different latents, or one has another noise than
+    the scheduler's."""
     if _MEANING(base.bundle.codec.spec) != _MEANING(refiner.bundle.codec.spec):
         raise ConfigError(
             f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
@@ -354,11 +345,8 @@ def sample_enlarged(
     release: bool = True,
 ) -> Iterator[Sample]:
     """The pictures of a request, sampled by a first stage that denoises pixels and enlarged by a second one, as with
-    DeepFloyd IF. Prompts are read by the first one; with `release`, its memory is given back after that.
-
-    Raises:
-        ConfigError: the two do not go together.
-    """
+    DeepFloyd IF. Prompts are read by the first one; with `release`, its memory is given back after that. Raises
+    ConfigError if the two do not go together."""
     first, last = base.bundle, second.bundle
     if not last.enlarges or first.enlarges or first.codec.spec != last.codec.spec:
         raise ConfigError(
