@@ -99,10 +99,7 @@ class SamplingModel:
     ) -> Iterator[Sample]:
         """The pictures of a request, as soon as their batch is done. Raises ConfigError if the request asks for what
         this model cannot do, WeightError if the size does not fit the networks, or NaN comes out."""
-        rows = self.rows(request)
-        self.load()
-        for number, latents in self.latents(request, rows, on_step=on_step, stopped=stopped):
-            picture = self.picture(latents, number, request.whole_up_to)
+        for number, picture in _pictures(self, request, self.rows(request), "base", on_step, stopped):
             yield Sample(number, picture, self.picture_settings(request, number))
 
     def rows(self, request: SampleRequest, texts: Mapping[str, PromptText] | None = None) -> Rows:
@@ -331,7 +328,7 @@ def sample_refined(
     rows = replace(refiner.rows(own), start=start)
     more = {"refiner": str(refiner.bundle.path), "denoising_end": end}
     more |= {"refiner_strength": refinement.refiner_strength} if end is None else {}
-    for number, picture in _ended(refiner, own, rows, "refiner", on_step, stopped):
+    for number, picture in _pictures(refiner, own, rows, "refiner", on_step, stopped):
         yield Sample(number, picture, base.picture_settings(request, number) | more)
 
 
@@ -378,7 +375,7 @@ def sample_enlarged(
         return
     rows = second.rows(replace(own, small=small), texts)
     more = vars(wanted) | {"super_resolution": str(last.path), "height": height, "width": width}
-    for number, picture in _ended(second, own, rows, "second stage", on_step, stopped):
+    for number, picture in _pictures(second, own, rows, "second stage", on_step, stopped):
         yield Sample(number, picture, base.picture_settings(request, number) | more)
 
 
@@ -397,18 +394,18 @@ def _begun(
     return np.stack(latents) if len(latents) == len(request.pictures) else None
 
 
-def _ended(
-    last: SamplingModel,
+def _pictures(
+    model: SamplingModel,
     request: SampleRequest,
     rows: Rows,
     stage: str,
     on_step: OnStep | None,
     stopped: Stopped | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and picture of what the other model makes of them."""
-    last.load()
-    for number, latents in last.latents(request, rows, stage, on_step, stopped):
-        yield number, last.picture(latents, number, request.whole_up_to)
+    """Number and picture of what a model makes of rows."""
+    model.load()
+    for number, latents in model.latents(request, rows, stage, on_step, stopped):
+        yield number, model.picture(latents, number, request.whole_up_to)
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:
