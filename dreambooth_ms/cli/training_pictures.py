@@ -19,7 +19,7 @@ from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_p
 from dreambooth_ms.data.pictures import frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import Plan, table_of_sizes, taking_turns
 from dreambooth_ms.data.records import CLASS, Concept, Source
-from dreambooth_ms.data.second_stage import SecondStage, small_ones, twice
+from dreambooth_ms.data.second_stage import small_ones, twice
 from dreambooth_ms.diffusion import draw_columns
 from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.models.layers import CellMethod
@@ -120,7 +120,8 @@ def class_requests(source: Source, subject: Plan, numbers: Sequence[int], clip_s
 
 
 def encode_pictures(job: TrainingJob, cache: ContentCache, texts: Callable[[str], PromptText]) -> BatchMaker:
-    """Make what is missing of the latents that the rest of the run needs; the autoencoder is gone afterwards."""
+    """Make what is missing of the latents that the rest of the run needs; the autoencoder is gone afterwards. Raises
+    WeightError if the model of a second stage does not say how small pictures are noisy."""
     data, base, processes, plan = job.config.data, job.base, job.processes, job.plan
 
     def load_encoder() -> Callable[[np.ndarray], np.ndarray]:
@@ -147,7 +148,9 @@ def encode_pictures(job: TrainingJob, cache: ContentCache, texts: Callable[[str]
     processes.wait_for_all("the encoded pictures")
     posteriors.prepare(missing)  # Nothing, but where processes on several machines have no folder in common.
     gc.collect()
-    loss = job.config.loss
+    loss, second_stage = job.config.loss, None
+    if base.enlarges:
+        second_stage = small_ones(base.noise_of_small) if loss.low_res_conditioning else twice
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
@@ -156,17 +159,10 @@ def encode_pictures(job: TrainingJob, cache: ContentCache, texts: Callable[[str]
         scaled=base.codec.spec.scaled,
         loss=loss,
         num_add_time_ids=base.num_add_time_ids,
-        second_stage=second_stage_of(job) if base.enlarges else None,
+        second_stage=second_stage,
         masked=job.masked,
         unmasked_weight=data.unmasked_weight,
     )
-
-
-def second_stage_of(job: TrainingJob) -> SecondStage:
-    """What a second stage reads of rows; WeightError if the model does not say how small pictures are noisy."""
-    if not job.config.loss.low_res_conditioning:
-        return twice
-    return small_ones(job.base.noise_of_small)
 
 
 def write_crops(plan: Plan, interpolation: Interpolation, path: Path) -> None:

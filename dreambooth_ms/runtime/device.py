@@ -33,13 +33,9 @@ _formulation = Formulation.CPU
 
 
 def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_level: str | None = None) -> str:
-    """Choose the device and how it computes, as `DeviceConfig` has it; returns the one in use, "CPU" or "Ascend".
-
-    Call it once, before any cell is built and before processes communicate.
-
-    Raises:
-        DeviceError: Ascend was asked for and there is none.
-    """
+    """Choose the device and how it computes, as `DeviceConfig` has it; returns the one in use, "CPU" or "Ascend". Call
+    it once, before any cell is built and before processes communicate. Raises DeviceError if Ascend was asked for and
+    there is none."""
     global _formulation
     ascend = find_ascend()
     if target == "Ascend" and not ascend.is_usable:
@@ -80,11 +76,8 @@ def settled_precision(mixed_precision: Precision | None) -> Precision | None:
 
 
 def compute_dtype(mixed_precision: str | None) -> ms.Type:
-    """What a settled `--mixed_precision` lets networks compute in; None is no.
-
-    Raises:
-        DeviceError: bf16 on CPU, where MindSpore has no kernels for it (measured).
-    """
+    """What a settled `--mixed_precision` lets networks compute in; None is no. Raises DeviceError of bf16 on CPU, where
+    MindSpore has no kernels for it (measured)."""
     if mixed_precision == "bf16" and _formulation is Formulation.CPU:
         raise DeviceError(
             "--mixed_precision bf16: the CPU cannot compute in bfloat16; use fp16 there to try mixed precision out, or "

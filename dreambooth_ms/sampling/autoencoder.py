@@ -32,12 +32,8 @@ class PictureCodec:
 
     def picture(self, latents: np.ndarray, number: int, whole_up_to: int | None = None) -> np.ndarray:
         """The picture (H, W, 3) uint8 of latents (C, h, w) as the diffusion has them, cut to the range of levels.
-
-        `number` is the picture's, for errors; `whole_up_to` is in place of `WHOLE_UP_TO`.
-
-        Raises:
-            WeightError: NaN or infinity comes out, which a viewer would show as black.
-        """
+        `number` is the picture's, for errors; `whole_up_to` is in place of `WHOLE_UP_TO`. Raises WeightError if NaN or
+        infinity comes out, which a viewer would show as black."""
         _, height, width = latents.shape
         pixels, (whole, in_bands) = height * width * self._codec.spec.downsampling**2, self.decoders
         latents_1Chw = Tensor(np.ascontiguousarray(self._codec.spec.unscaled(latents))[None])

@@ -60,7 +60,8 @@ class SamplingModel:
     """Samples with one base. A picture depends on its own number, prompt and seed, not on the size of its batch.
 
     Networks are loaded when they are first needed, unless they are lent: those are used as they are, with the weights
-    that they have at the time, and nothing is put on them.
+    that they have at the time, and nothing is put on them. Raises WeightError if an adapter is none, or is for another
+    base.
 
     Args:
         bundle: the base.
@@ -71,9 +72,6 @@ class SamplingModel:
         denoiser: lent, in place of the base's UNet.
         text_encoders: lent, in place of the base's.
         embeddings: prompts that the base's text encoders have encoded already.
-
-    Raises:
-        WeightError: an adapter is none, or is for another base.
     """
 
     def __init__(
@@ -99,16 +97,9 @@ class SamplingModel:
     def sample(
         self, request: SampleRequest, on_step: OnStep | None = None, stopped: Stopped | None = None
     ) -> Iterator[Sample]:
-        """The pictures of a request, as soon as their batch is done.
-
-        Raises:
-            ConfigError: the request asks for what this model cannot do.
-            WeightError: the size does not fit the networks, or NaN comes out.
-        """
-        rows = self.rows(request)
-        self.load()
-        for number, latents in self.latents(request, rows, on_step=on_step, stopped=stopped):
-            picture = self.picture(latents, number, request.whole_up_to)
+        """The pictures of a request, as soon as their batch is done. Raises ConfigError if the request asks for what
+        this model cannot do, WeightError if the size does not fit the networks, or NaN comes out."""
+        for number, picture in _pictures(self, request, self.rows(request), "base", on_step, stopped):
             yield Sample(number, picture, self.picture_settings(request, number))
 
     def rows(self, request: SampleRequest, texts: Mapping[str, PromptText] | None = None) -> Rows:
@@ -308,11 +299,8 @@ def sample_refined(
     """The pictures of a request, sampled by SDXL's base and refined (Podell et al., 2023, section 2.5).
 
     The refiner goes on from the base's latents, with the same prompts; with `release`, the memory of the base's
-    networks is given back before.
-
-    Raises:
-        ConfigError: the two have different latents, or one has another noise than the scheduler's.
-    """
+    networks is given back before. Raises ConfigError if the two have different latents, or one has another noise than
+    the scheduler's."""
     if _MEANING(base.bundle.codec.spec) != _MEANING(refiner.bundle.codec.spec):
         raise ConfigError(
             f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
@@ -340,7 +328,7 @@ def sample_refined(
     rows = replace(refiner.rows(own), start=start)
     more = {"refiner": str(refiner.bundle.path), "denoising_end": end}
     more |= {"refiner_strength": refinement.refiner_strength} if end is None else {}
-    for number, picture in _ended(refiner, own, rows, "refiner", on_step, stopped):
+    for number, picture in _pictures(refiner, own, rows, "refiner", on_step, stopped):
         yield Sample(number, picture, base.picture_settings(request, number) | more)
 
 
@@ -354,11 +342,8 @@ def sample_enlarged(
     release: bool = True,
 ) -> Iterator[Sample]:
     """The pictures of a request, sampled by a first stage that denoises pixels and enlarged by a second one, as with
-    DeepFloyd IF. Prompts are read by the first one; with `release`, its memory is given back after that.
-
-    Raises:
-        ConfigError: the two do not go together.
-    """
+    DeepFloyd IF. Prompts are read by the first one; with `release`, its memory is given back after that. Raises
+    ConfigError if the two do not go together."""
     first, last = base.bundle, second.bundle
     if not last.enlarges or first.enlarges or first.codec.spec != last.codec.spec:
         raise ConfigError(
@@ -390,7 +375,7 @@ def sample_enlarged(
         return
     rows = second.rows(replace(own, small=small), texts)
     more = vars(wanted) | {"super_resolution": str(last.path), "height": height, "width": width}
-    for number, picture in _ended(second, own, rows, "second stage", on_step, stopped):
+    for number, picture in _pictures(second, own, rows, "second stage", on_step, stopped):
         yield Sample(number, picture, base.picture_settings(request, number) | more)
 
 
@@ -409,18 +394,18 @@ def _begun(
     return np.stack(latents) if len(latents) == len(request.pictures) else None
 
 
-def _ended(
-    last: SamplingModel,
+def _pictures(
+    model: SamplingModel,
     request: SampleRequest,
     rows: Rows,
     stage: str,
     on_step: OnStep | None,
     stopped: Stopped | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Number and picture of what the other model makes of them."""
-    last.load()
-    for number, latents in last.latents(request, rows, stage, on_step, stopped):
-        yield number, last.picture(latents, number, request.whole_up_to)
+    """Number and picture of what a model makes of rows."""
+    model.load()
+    for number, latents in model.latents(request, rows, stage, on_step, stopped):
+        yield number, model.picture(latents, number, request.whole_up_to)
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:

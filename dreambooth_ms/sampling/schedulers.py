@@ -125,14 +125,10 @@ class RowNoise:
 
 
 class Trajectory:
-    """The timesteps of a batch and what becomes of its latents in them.
-
-    Args:
-        request: the scheduler, its steps, which of them are taken, and the seed of the noise that they draw.
-        config: `scheduler_config.json` of the model.
-        numbers: the pictures' own, on which that noise depends too.
-        from_picture: whether the latents begin as those of other pictures, in place of noise.
-    """
+    """The timesteps of a batch and what becomes of its latents in them. `request` says the scheduler, its steps, which
+    of them are taken, and the seed of the noise that they draw, which depends on `numbers`, the pictures' own, too;
+    `config` is `scheduler_config.json` of the model; `from_picture`, whether the latents begin as those of other
+    pictures, in place of noise."""
 
     def __init__(
         self, request: SampleRequest, config: Config, numbers: Sequence[int], from_picture: bool = False

@@ -128,11 +128,8 @@ class MemoryEstimate:
 
 
 def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[str] | None = None) -> Ranks:
-    """LoRAs of one rank for the layers whose names end in one of the targets, or all layers themselves.
-
-    Raises:
-        ConfigError: there is no such layer, or one is smaller than the rank.
-    """
+    """LoRAs of one rank for the layers whose names end in one of the targets, or all layers themselves. Raises
+    ConfigError if there is no such layer, or one is smaller than the rank."""
     if rank is None or targets is None:
         return {name.rpartition(".")[0]: rank for name in shapes}
     # Linear layers and convolutions; tables of embeddings have no targets.
