@@ -43,11 +43,11 @@ class Card:
         method, prompts = _TABLES["methods"][self.config.method.method], _prompts(self.config)
         base, family = self.config.model.pretrained_model_name_or_path, _family(self.result.path)
         of_family = _TABLES["families"].get(family, {"tags": []})
+        # Whose a base on this machine is, nobody says.
+        published = {"base_model": base, **of_family} if is_hub_name(base) else {}
         data = ModelCardData(
-            base_model=base if is_hub_name(base) else None,
+            **{name: published.get(name) for name in ("base_model", "license", "license_name")},
             library_name="diffusers",
-            license=of_family.get("license"),
-            license_name=of_family.get("license_name"),
             pipeline_tag="text-to-image",
             tags=["text-to-image", "dreambooth", "mindspore", "diffusers", *method["tags"], *of_family["tags"]],
             instance_prompt=prompts[0] if prompts else None,

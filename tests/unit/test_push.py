@@ -120,13 +120,14 @@ def test_the_card_of_a_published_family_has_its_licence(hub, run_folder, monkeyp
     assert "stable-diffusion-xl" in data["tags"]
 
 
-def test_a_base_that_is_a_folder_here_is_no_name_on_the_hub(hub, run_folder):
+def test_a_base_that_is_a_folder_here_is_no_name_on_the_hub(hub, run_folder, monkeypatch):
+    monkeypatch.setattr("dreambooth_ms.cli.model_card._family", lambda path: "SDXL base")
     config = yaml.safe_load((run_folder / "config.yaml").read_text())
     config["model"]["pretrained_model_name_or_path"] = "/home/me/models/sd15"
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert push(run_folder) == 0
     card = ModelCard(hub.files[f"{OWNER}/star"]["README.md"].decode())
-    assert card.data.base_model is None
+    assert card.data.base_model is card.data.license is None
     assert "LoRA of sd15" in card.text
     assert "/home/me" not in card.content
 
