@@ -44,7 +44,7 @@ class Card:
         base, family = self.config.model.pretrained_model_name_or_path, _family(self.result.path)
         of_family = _TABLES["families"].get(family, {"tags": []})
         # Whose a base on this machine is, nobody says.
-        published = {"base_model": base, **of_family} if is_hub_name(base) else {}
+        published: dict[str, Any] = {"base_model": base, **of_family} if is_hub_name(base) else {}
         data = ModelCardData(
             **{name: published.get(name) for name in ("base_model", "license", "license_name")},
             library_name="diffusers",
