@@ -46,7 +46,9 @@ class Card:
         # Whose a base on this machine is, nobody says.
         published: dict[str, Any] = {"base_model": base, **of_family} if is_hub_name(base) else {}
         data = ModelCardData(
-            **{name: published.get(name) for name in ("base_model", "license", "license_name")},
+            base_model=published.get("base_model"),
+            license=published.get("license"),
+            license_name=published.get("license_name"),
             library_name="diffusers",
             pipeline_tag="text-to-image",
             tags=["text-to-image", "dreambooth", "mindspore", "diffusers", *method["tags"], *of_family["tags"]],

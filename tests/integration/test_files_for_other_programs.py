@@ -133,10 +133,10 @@ class TestMetadata:
         files = [home / run / "star" / FILE_NAME for run in ("run", "stopped")]
         assert files[0].read_bytes() == files[1].read_bytes()
 
-    def test_inspect_tells_the_most_of_it_in_a_line(self, home, capsys):
+    def test_inspect_tells_the_most_of_it_in_a_line(self, home, capfd):
         assert run("inspect", str(home / "run" / "star")) == 0
         line = f"trained: on base, which is sd_v1, at 32x32, steps 2, by {STAR}, words sks"
-        assert line in capsys.readouterr().out.splitlines()
+        assert line in capfd.readouterr().out.splitlines()
 
 
 class TestTheFileInKohyasNames:
@@ -155,10 +155,10 @@ class TestTheFileInKohyasNames:
     def test_the_folder_is_still_one_adapter(self, home):
         assert open_lora(find_adapter(str(home / "run" / "star")), None).form.name == "DIFFUSERS"
 
-    def test_the_end_of_a_run_says_which_program_reads_which_file(self, home, capsys):
+    def test_the_end_of_a_run_says_which_program_reads_which_file(self, home, capfd):
         assert train(home, "told", 1) == 0
         folder = home / "told" / "star"
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert f"dreambooth-ms convert {folder / FILE_NAME} {folder / KOHYA_NAME} --format kohya" in said
         assert not (folder / KOHYA_NAME).exists()
 
@@ -209,15 +209,15 @@ class TestLike:
         settings = read_settings(home / "varied" / "00000.png")
         assert (settings["seed"], settings["lora_scale"], settings["scheduler"]) == (7, [0.0], "euler_a")
 
-    def test_a_validation_picture_with_its_adapter(self, home, capsys):
+    def test_a_validation_picture_with_its_adapter(self, home, capfd):
         path = validation_pictures(home / "run" / "star" / "validation")[2][0]
         lora = home / "run" / "star" / "checkpoint-2"
         assert run("sample", like=path, lora=lora, output_dir=home / "validated") == 0
-        assert "after step 2: name what was learnt then with --lora (checkpoint-2)" in capsys.readouterr().err
+        assert "after step 2: name what was learnt then with --lora (checkpoint-2)" in capfd.readouterr().err
         difference = pixels(path).astype(int) - pixels(home / "validated" / "00000.png")
         assert np.abs(difference).max() <= 1, "the networks of a training round otherwise"
 
-    def test_of_a1111_what_it_says(self, home, tmp_path, capsys):
+    def test_of_a1111_what_it_says(self, home, tmp_path, capfd):
         text = (
             "a (star:1.2),\nin snow <lora:dog:0.8>\nNegative prompt: dark\nSteps: 2, Sampler: DPM++ 2M, "
             "Schedule type: Automatic, "
@@ -227,10 +227,10 @@ class TestLike:
         information.add_text("parameters", text)
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=information)
         assert run("sample", like=tmp_path / "a.png", output_dir=tmp_path / "out") == 2
-        assert "--pretrained_model_name_or_path: required" in capsys.readouterr().err
+        assert "--pretrained_model_name_or_path: required" in capfd.readouterr().err
         base = home / "base"
         assert run("sample", like=tmp_path / "a.png", output_dir=tmp_path, pretrained_model_name_or_path=base) == 0
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert "another program drew its noise" in said
         assert "(its own was a, b)" in said
         assert "<lora:dog:0.8> left out of its prompt" in said
@@ -253,17 +253,17 @@ class TestLike:
             ({SETTINGS_KEY: '{"prompt": "a", "sharpness": 1}'}, "does not know sharpness of it"),
         ],
     )
-    def test_what_says_nothing_is_refused_in_a_line(self, tmp_path, capsys, chunks, message):
+    def test_what_says_nothing_is_refused_in_a_line(self, tmp_path, capfd, chunks, message):
         information = PngInfo()
         for name, text in chunks.items():
             information.add_text(name, text)
         Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=information)
         assert run("sample", like=tmp_path / "a.png", output_dir=tmp_path / "out") == 2
-        assert message in capsys.readouterr().err
+        assert message in capfd.readouterr().err
         assert not (tmp_path / "out").exists()
 
-    def test_what_is_no_picture_is_refused(self, tmp_path, capsys):
+    def test_what_is_no_picture_is_refused(self, tmp_path, capfd):
         (tmp_path / "a.png").write_text("text")
         for name, message in (("a.png", "cannot be read"), ("b.png", "no such file")):
             assert run("sample", like=tmp_path / name) == 2
-            assert message in capsys.readouterr().err
+            assert message in capfd.readouterr().err
