@@ -8,7 +8,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.specs import PIXELS, ClipTextSpec
+from dreambooth_ms.models.specs import FAMILIES, PIXELS, ClipTextSpec
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
@@ -27,6 +27,8 @@ def _of_text(config: TrainConfig, base: ModelBundle) -> Iterator[str]:
         yield f"--resolution {side}: {base.path} was trained on pictures of {pixels} px; give {pixels}"
     if method.method == "custom_diffusion" and base.denoiser.spec.simple_blocks:
         yield f"--method custom_diffusion: trains cross-attention of SD and SDXL, which {base.path} has not; use lora"
+    if method.output_kohya_format and (family := base.opened().spec.family.value) not in FAMILIES:
+        yield f"--output_kohya_format: programs that read kohya's names have no {family}; leave it out"
     for reader in base.text:
         if method.text_encoder_use_attention_mask and not reader.hides_filling:
             yield f"--text_encoder_use_attention_mask: {reader.name} sees what fills up a prompt; leave it out"
