@@ -232,7 +232,7 @@ PLAIN = "--instance_data_dir dog --instance_prompt 'a sks dog' --max_train_steps
         ("if1", "--train_text_encoder --text_encoder_lr 1e-5", "--train_text_encoder: text_encoder of if1 is T5"),
         ("if1", "--resolution 64", "--resolution 64: if1 was trained on pictures of 32 px; give 32"),
         ("if1", "--tokenizer_max_length 512", "--tokenizer_max_length 512: a prompt is 77 tokens with this base"),
-        ("if1", "--output_kohya_format", "--output_kohya_format: programs that read kohya's names have no DeepFloyd IF"),
+        ("if1", "--output_kohya_format", "--output_kohya_format: programs that read kohya's names have no"),
         ("alt", "--train_new_words --modifier_token <new>", "--modifier_token: new words are for CLIP"),
         ("if1", "--method custom_diffusion", "--method custom_diffusion: trains cross-attention of SD"),
         ("if2", "--validation_prompt x --validation_images nosuch.png", "nosuch.png"),
