@@ -71,19 +71,19 @@ def test_prompts_are_added_to_a_run_that_goes_on_and_draw_as_before(home):
         assert strip.width - sheet.width == 170, "three validations, two pictures"
 
 
-def test_a_file_that_is_not_there_ends_before_any_work(home, capsys):
+def test_a_file_that_is_not_there_ends_before_any_work(home, capfd):
     assert train(home, "run", 1, "--validation_prompt", str(home / "none.txt")) == 2
-    assert f"--validation_prompt {home / 'none.txt'}: no such file" in capsys.readouterr().err
+    assert f"--validation_prompt {home / 'none.txt'}: no such file" in capfd.readouterr().err
     assert not (home / "run").exists()
 
 
-def test_a_service_is_sent_pictures_with_their_prompts_and_follows_a_run_that_goes_on(home, services, capsys):  # noqa: F811
+def test_a_service_is_sent_pictures_with_their_prompts_and_follows_a_run_that_goes_on(home, services, capfd):  # noqa: F811
     prompts = ("--validation_prompt", STAR, "--validation_prompt", SNOW)
     shown = ("--report_to", "tensorboard", "wandb", "swanlab")
     services["swanlab"].fails_at.add("init")
     assert train(home, "run", 1, *prompts, *shown) == 0
     assert train(home, "run", 2, *prompts, *shown, "--tracker_project_name", "stars") == 0
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert said.err.count("swanlab: no init without a network; the training goes on without it") == 2  # Once a run.
     first, second = (values for call, values, _ in services["wandb"].calls if call == "init")
     assert (first["id"], first["name"]) == (second["id"], "run")
