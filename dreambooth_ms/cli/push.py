@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dreambooth_ms.atomic import write_bytes
-from dreambooth_ms.cli.model_card import Card, is_edited
+from dreambooth_ms.cli.model_card import card_of, is_edited
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.validation import FOLDER
 from dreambooth_ms.config.commands import PushConfig
@@ -52,7 +52,7 @@ def push(folder: Path, hub: HubConfig, repository: str) -> None:
     if config is None:
         raise WeightError(f"{folder}: has no config.yaml, by which its card is written; push the folder of a run")
     pictures = _pictures(folder, result.steps)
-    card = str(Card(repository, config, result, {name: text for name, (_, text) in pictures.items()}))
+    card = card_of(repository, config, result, {name: text for name, (_, text) in pictures.items()})
     own = folder / CARD
     if own.is_file() and is_edited(here := own.read_text(encoding="utf-8")):
         tell(f"{own}: edited by hand, and uploaded as it is")
