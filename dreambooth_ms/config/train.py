@@ -32,21 +32,11 @@ from dreambooth_ms.config.stopping import StoppingConfig
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
 
-LORA_RATE = 5e-4
-RATES: dict[choices.Method, float] = {
-    "lora": LORA_RATE, "full": 5e-6, "custom_diffusion": 1e-5, "textual_inversion": 5e-4,
-}  # fmt: skip
-FOLDERS: dict[choices.Method, str] = {
-    "lora": "lora-dreambooth-model",
-    "full": "dreambooth-model",
-    "custom_diffusion": "custom-diffusion-model",
-    "textual_inversion": "text-inversion-model",
-}
-PROJECTS: dict[choices.Method, str] = {
-    "lora": "dreambooth-lora", "full": "dreambooth", "custom_diffusion": "custom-diffusion",
-    "textual_inversion": "textual_inversion",
-}  # fmt: skip
-"""The default learning rates, folders and trackers' projects of the methods, as in diffusers' scripts and guides."""
+_OF_METHODS = choices.read_table(Path(__file__).with_name("methods.yaml"))
+RATES, FOLDERS, PROJECTS = (
+    {method: own[what] for method, own in _OF_METHODS.items()} for what in ("rate", "folder", "project")
+)
+"""The default learning rates, folders and trackers' projects of the methods."""
 
 _TRACKERS = {"tensorboard", "wandb", "swanlab", "trackio"}
 _SHOWN_AT = Range(
@@ -190,8 +180,8 @@ _HIGH_FOR_TEXT = Rule(
         and values["method"] == "lora"
         and values["optimizer"] != "prodigy"
     ),
-    f"--train_text_encoder: the default learning rate of {LORA_RATE:g} is the UNet's, and spoils what a text encoder "
-    "knows; give a lower --text_encoder_lr, such as 5e-5",
+    f"--train_text_encoder: the default learning rate of {RATES['lora']:g} is the UNet's, and spoils what a text "
+    "encoder knows; give a lower --text_encoder_lr, such as 5e-5",
     is_note=True,
 )
 _LORA = not_with("method", "full", "custom_diffusion", "textual_inversion")
