@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_ms.atomic import atomic_path, write_bytes
@@ -79,10 +79,9 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Pictures (H, W, 3) of one size side by side, row by row; what is left of the last row is white."""
     height, width, _ = pictures[0].shape
     rows = -(-len(pictures) // columns)
-    cells = np.full((rows, columns, height, width, 3), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        cells[divmod(number, columns)] = picture
-    return cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+    cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    cells[: len(pictures)] = pictures
+    return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,7 @@ def write_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
                 continue
             x = MARGIN + LABEL_WIDTH + column * (CELL + GAP)
             filter_ = Image.Resampling.NEAREST if picture.shape[0] < CELL else Image.Resampling.LANCZOS
-            scale = CELL / max(picture.shape[:2])
-            size = round(scale * picture.shape[1]), round(scale * picture.shape[0])
-            sheet.paste(Image.fromarray(picture).resize(size, filter_), (x, y))
+            sheet.paste(ImageOps.contain(Image.fromarray(picture), (CELL, CELL), filter_), (x, y))
             if captions:
                 canvas.multiline_text((x, y + CELL + 4), "\n".join(captions[column]), fill=PALE, font=small)
         y += height
