@@ -765,12 +765,6 @@ class TrainConfig(Schema):
         return run.train_batch_size * run.gradient_accumulation_steps * (self.processes.num_processes or 1)
 
     @property
-    def text_encoder_weight_decay(self) -> float:
-        """The text encoder's own weight decay, or the UNet's."""
-        own = self.optimiser.adam_weight_decay_text_encoder
-        return self.optimiser.adam_weight_decay if own is None else own
-
-    @property
     def output_dir(self) -> Path:
         """The run's folder."""
         return Path(self.run.output_dir or FOLDERS[self.method.method])

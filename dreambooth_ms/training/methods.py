@@ -257,7 +257,8 @@ def choose_optimiser(config: TrainConfig, trainables: Sequence[Trainable]) -> Op
     o, parameters = config.optimiser, [one.parameter for one in trainables]
     b_over_a = o.loraplus_lr_ratio or 1.0
     rates = {"unet": 1.0, "text_encoder": o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0}
-    decays = {"unet": o.adam_weight_decay, "text_encoder": config.text_encoder_weight_decay}
+    own = o.adam_weight_decay_text_encoder
+    decays = {"unet": o.adam_weight_decay, "text_encoder": o.adam_weight_decay if own is None else own}
     decay = max(decays.values())
     prodigy = (o.prodigy_beta3, o.prodigy_decouple, o.prodigy_use_bias_correction, o.prodigy_safeguard_warmup)
     adam = (o.adam_beta1, o.adam_beta2, decay, o.adam_epsilon)
