@@ -16,7 +16,6 @@ from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
 from dreambooth_ms.adapters.lora import DropoutState, PrincipalDense, initialise_lora, inject, put_in_place
 from dreambooth_ms.adapters.word_files import word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements
-from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.formats.files.dtypes import DTYPES
 from dreambooth_ms.formats.folder_layout import TOKENIZERS
@@ -200,11 +199,8 @@ def textual_inversion(
     return _learner(unet, text_encoders, {}, write_part=write, write_result=write, result=result)
 
 
-METHODS: dict[Method, Callable[..., Learner]] = {
-    "lora": lora,
-    "full": full,
-    "custom_diffusion": custom_diffusion,
-    "textual_inversion": textual_inversion,
+METHODS: dict[str, Callable[..., Learner]] = {
+    method.__name__: method for method in (lora, full, custom_diffusion, textual_inversion)
 }
 
 
