@@ -1,6 +1,5 @@
 """Uploading to the Hugging Face hub: which repository may be written to, and files in one commit."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,10 +54,7 @@ def upload(repository: str, files: Mapping[str, Path | bytes], token: str | None
     the repository. Raises WeightError if the hub refuses them, or does not answer; it has all of them or none then."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    operations = [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else os.fspath(content))
-        for name, content in files.items()
-    ]
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     with _asking(repository):
         HfApi(token=token or None).create_commit(repository, operations, commit_message="Upload what was trained")
     return f"{constants.ENDPOINT}/{repository}"
