@@ -218,6 +218,8 @@ def base_of_card(name: str) -> str | None:
             file = (path if path.is_dir() else path.parent) / CARD
         elif named:
             file = Path(hf_hub_download(named["repository"], CARD, revision=named["revision"]))
+        else:
+            return None
         base = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("base_model")
     return base if isinstance(base, str) and _HUB_NAME.fullmatch(base) else None
 
