@@ -163,8 +163,7 @@ def full(
         replace(planned, tensors=kept).write_parts(target)
         write_networks(target, step)
 
-    publics = {part: public_parameters(network) for part, network in networks.items()}
-    trained = {part: {n: [one] for n, one in own.items()} for part, own in publics.items()}
+    trained = {part: {n: [one] for n, one in public_parameters(own).items()} for part, own in networks.items()}
     return _learner(unet, text_encoders, trained, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
