@@ -37,16 +37,13 @@ def open_repository(name: str, token: str | None, private: bool) -> str:
 
 def card_there(repository: str, token: str | None) -> str | None:
     """The model card that a repository has; None if it has none. Raises WeightError if the hub does not answer."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import HfApi
 
+    api = HfApi(token=token or None)
     with _asking(repository):
-        try:
-            path = hf_hub_download(repository, CARD, token=token or None)
-        except errors.EntryNotFoundError as error:
-            if isinstance(error, errors.LocalEntryNotFoundError):  # What it is called if the hub does not answer.
-                raise
+        if not api.file_exists(repository, CARD):
             return None
-        return Path(path).read_text(encoding="utf-8")
+        return Path(api.hf_hub_download(repository, CARD)).read_text(encoding="utf-8")
 
 
 def upload(repository: str, files: Mapping[str, Path | bytes], token: str | None) -> str:
