@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     # CLIP does not know new words.
     unknown = re.compile("|".join(map(re.escape, [*model.adapters.words, *filter(None, [wanted.token])])))
     texts = [" ".join(unknown.sub("", prompt).split()) for prompt in of_subject]
-    measured = [one for own in embedders for one in _measure(own, photographs, base, adapted, texts)]
+    measured = [one for own in embedders for one in _measure(own, photographs, (base, adapted), texts)]
     by_name = {one.name: asdict(one) for one in measured}
     metrics = {
         side: {key: by_name[name][of_model]["mean"] for key, name in SUMMARY.items()}
@@ -108,15 +108,11 @@ def _pictures(model: SamplingModel, request: SampleRequest, name: str, reader: S
 
 
 def _measure(
-    embedder: Embedder,
-    photographs: Mapping[str, Pictures],
-    base: Sequence[Pictures],
-    adapted: Sequence[Pictures],
-    texts: Sequence[str],
+    embedder: Embedder, photographs: Mapping[str, Pictures], drawn: Sequence[Sequence[Pictures]], texts: Sequence[str]
 ) -> list[Measure]:
-    """What can be measured of pictures: from each seed one by each text, and then those of the class."""
+    """What can be measured of pictures of either model: from each seed one by each text, then those of the class."""
     named: list[Any] = [embedder.pictures(photographs[flag]) if flag in photographs else None for flag in PHOTOGRAPHS]
-    vectors = ([embedder.pictures(own) for own in of_seeds] for of_seeds in (base, adapted))
+    vectors = ([embedder.pictures(own) for own in of_seeds] for of_seeds in drawn)
     before, after = ([Drawn(own[: len(texts)], own[len(texts) :]) for own in of_seeds] for of_seeds in vectors)
     return measures(embedder.space, before, after, embedder.texts(texts) if embedder.texts else None, *named)
 

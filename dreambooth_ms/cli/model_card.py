@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,55 +25,45 @@ _TOLD = ("data", "captions", "method", "words", "run", "optimiser", "prior", "lo
 """Sections of the configuration whose settings a card has, where they differ from the defaults."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """What a card is about."""
+def card_of(repository: str, config: TrainConfig, result: Result, pictures: Mapping[str, str]) -> str:
+    """The card as Markdown, without a path of this machine, and the same for the same run. `repository` is its whole
+    name; `pictures` are names of pictures in it, and the prompts that they were made of."""
+    from huggingface_hub import ModelCardData
 
-    repository: str
-    """Its whole name."""
-    config: TrainConfig
-    result: Result
-    pictures: Mapping[str, str]
-    """Names of pictures in the repository, and the prompts that they were made of."""
-
-    def __str__(self) -> str:
-        """The card as Markdown. Without a path of this machine, and the same for the same run."""
-        from huggingface_hub import ModelCardData
-
-        method, prompts = _TABLES["methods"][self.config.method.method], _prompts(self.config)
-        base, family = self.config.model.pretrained_model_name_or_path, _family(self.result.path)
-        of_family = _TABLES["families"].get(family, {"tags": []})
-        # Whose a base on this machine is, nobody says.
-        published: dict[str, Any] = {"base_model": base, **of_family} if is_hub_name(base) else {}
-        data = ModelCardData(
-            base_model=published.get("base_model"),
-            license=published.get("license"),
-            license_name=published.get("license_name"),
-            library_name="diffusers",
-            pipeline_tag="text-to-image",
-            tags=["text-to-image", "dreambooth", "mindspore", "diffusers", *method["tags"], *of_family["tags"]],
-            instance_prompt=prompts[0] if prompts else None,
-            widget=[{"text": text, "output": {"url": name}} for name, text in self.pictures.items()] or None,
-        )
-        names = {
-            "base": base if is_hub_name(base) else Path(base).name,
-            "repository": self.repository,
-            "file": self.result.path.name,
-            "prompt": prompts[0].replace('"', "'") if prompts else "…",
-        }
-        text = _TABLES["text"].format(
-            **names,
-            name=self.repository.partition("/")[2],
-            title=method["title"],
-            steps=count_of(self.result.steps, "step"),
-            gallery="\n<Gallery />\n" if self.pictures else "",
-            triggers="\n".join(f"- `{prompt}`" for prompt in prompts) or "Those of the captions it was trained with.",
-            load=method["load"].format(**names),
-            flags=method["flags"].format(**names),
-            settings="\n".join(_settings(self.config)),
-            licence=f"That of the base model{f' ({family})' if family else ''}; look it up there.",
-        )
-        return marked(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    method, prompts = _TABLES["methods"][config.method.method], _prompts(config)
+    base, family = config.model.pretrained_model_name_or_path, _family(result.path)
+    of_family = _TABLES["families"].get(family, {"tags": []})
+    # Whose a base on this machine is, nobody says.
+    published: dict[str, Any] = {"base_model": base, **of_family} if is_hub_name(base) else {}
+    data = ModelCardData(
+        base_model=published.get("base_model"),
+        license=published.get("license"),
+        license_name=published.get("license_name"),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "dreambooth", "mindspore", "diffusers", *method["tags"], *of_family["tags"]],
+        instance_prompt=prompts[0] if prompts else None,
+        widget=[{"text": text, "output": {"url": name}} for name, text in pictures.items()] or None,
+    )
+    names = {
+        "base": base if is_hub_name(base) else Path(base).name,
+        "repository": repository,
+        "file": result.path.name,
+        "prompt": prompts[0].replace('"', "'") if prompts else "…",
+    }
+    text = _TABLES["text"].format(
+        **names,
+        name=repository.partition("/")[2],
+        title=method["title"],
+        steps=count_of(result.steps, "step"),
+        gallery="\n<Gallery />\n" if pictures else "",
+        triggers="\n".join(f"- `{prompt}`" for prompt in prompts) or "Those of the captions it was trained with.",
+        load=method["load"].format(**names),
+        flags=method["flags"].format(**names),
+        settings="\n".join(_settings(config)),
+        licence=f"That of the base model{f' ({family})' if family else ''}; look it up there.",
+    )
+    return marked(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def marked(text: str) -> str:

@@ -1,16 +1,11 @@
 """`dreambooth-ms push`: the result of a run, its model card and pictures -> a repository on the Hugging Face hub."""
 
-import json
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from dreambooth_ms.atomic import write_bytes
-from dreambooth_ms.cli.model_card import Card, is_edited
+from dreambooth_ms.cli.model_card import card_of, is_edited
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.validation import FOLDER
 from dreambooth_ms.config.commands import PushConfig
@@ -19,8 +14,7 @@ from dreambooth_ms.config.shared import HubConfig
 from dreambooth_ms.errors import ConfigError, UserError, WeightError, count_of, near
 from dreambooth_ms.formats.files.open import read_metadata
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
-from dreambooth_ms.sampling.picture_file import png_of, validation_pictures
-from dreambooth_ms.sampling.picture_text import SETTINGS_KEY
+from dreambooth_ms.sampling.picture_file import png_of, read_pictures, validation_pictures
 from dreambooth_ms.training.checkpoint import STEP_KEY, Result, result_of
 from dreambooth_ms.training.run_folder import config_of_run
 from dreambooth_ms.weights.hub import CARD, is_hub_name
@@ -52,7 +46,7 @@ def push(folder: Path, hub: HubConfig, repository: str) -> None:
     if config is None:
         raise WeightError(f"{folder}: has no config.yaml, by which its card is written; push the folder of a run")
     pictures = _pictures(folder, result.steps)
-    card = str(Card(repository, config, result, {name: text for name, (_, text) in pictures.items()}))
+    card = card_of(repository, config, result, {name: text for name, (_, text) in pictures.items()})
     own = folder / CARD
     if own.is_file() and is_edited(here := own.read_text(encoding="utf-8")):
         tell(f"{own}: edited by hand, and uploaded as it is")
@@ -97,10 +91,8 @@ def _pictures(folder: Path, step: int) -> dict[str, tuple[bytes, str]]:
     machine the base is stays here."""
     steps = {own: paths for own, paths in validation_pictures(folder / FOLDER).items() if own <= step}
     found = {}
-    for number, path in enumerate(steps[max(steps)] if steps else ()):
-        with suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as image:
-            settings = json.loads(image.info[SETTINGS_KEY])
-            if not is_hub_name(base := str(settings.get("pretrained_model_name_or_path"))):
-                settings["pretrained_model_name_or_path"] = Path(base).name
-            found[f"images/{number}.png"] = png_of(np.asarray(image), settings), str(settings["prompt"])
+    for number, (picture, settings) in enumerate(read_pictures(steps[max(steps)] if steps else ())):
+        if not is_hub_name(base := str(settings.get("pretrained_model_name_or_path"))):
+            settings["pretrained_model_name_or_path"] = Path(base).name
+        found[f"images/{number}.png"] = png_of(picture, settings), str(settings["prompt"])
     return found

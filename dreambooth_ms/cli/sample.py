@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.device import found_adapters, load_with_weights, open_base, set_up
@@ -85,13 +84,16 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
     """What a configuration asks for. Raises DataError if the picture to start from is none."""
     wanted, start = config.pictures, config.start
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
+    opened = read_picture(start.image, start.transparent_background) if start.image else None
+    for note in opened.notes if opened else ():
+        tell(f"{start.image}: {note}")
     return SampleRequest.of(
         wanted,
         prompts=tuple(prompts),
         num_images_per_prompt=config.num_images_per_prompt,
         height=height,
         width=width,
-        image=_start_picture(start.image, start.transparent_background) if start.image else None,
+        image=opened.picture if opened else None,
         mask=open_picture(start.mask, "black").convert("L") if start.mask else None,
         strength=start.strength or (1.0 if start.mask else SampleRequest.strength),
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
@@ -99,13 +101,6 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         noise_level=config.enlargement.noise_level,
         whole_up_to=wanted.vae_whole_up_to,
     )
-
-
-def _start_picture(path: str, background: str) -> Image.Image:
-    opened = read_picture(path, background)
-    for note in opened.notes:
-        tell(f"{path}: {note}")
-    return opened.picture
 
 
 def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:

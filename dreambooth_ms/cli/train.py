@@ -113,19 +113,18 @@ def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:
     check_writable(output)
     digests, missing = base_digests(job.base), numbers_to_come(job.sources)
     to_come = {one.concept.name: map(class_picture_name, missing.get(str(one.folder), ())) for one in job.sources}
-    job = replace(job, base_digests=digests)
+    job = replace(job, base_digests=digests, checkpoint=checkpoint)
     check_data(config, checkpoint, job.content, to_come, tell)
     for folder, numbers in missing.items():
         if numbers:
             check_writable(Path(folder))
     result = result_of(output)
     finished = result if result and result.steps >= total else None
-    done, measured = (checkpoint.step, checkpoint.measured) if checkpoint else (0, ())
-    over = done >= total or settled(config.stopping, measured)
-    if over and result and result.steps == best_step(config, measured, done):
-        finished, total = result, done
+    measured = checkpoint.measured if checkpoint else ()
+    over = job.done >= total or settled(config.stopping, measured)
+    if over and result and result.steps == best_step(config, measured, job.done):
+        finished, total = result, job.done
     if not finished:
-        job = replace(job, checkpoint=checkpoint)
         if config.run.profile and config.run.profile >= total - job.done:
             left = count_of(total - job.done, "step")
             raise ConfigError(

@@ -56,7 +56,7 @@ def needed_without(other: str, own: str, message: str) -> Rule:
     return Rule(lambda values: not (values[own] or values[other]), f"--{own}: missing; {message}", of_default=True)
 
 
-def refused_with(other: str, value: str, message: str) -> Rule:
+def refused_with(other: str, value: object, message: str) -> Rule:
     """The other field must not have this value."""
     return Rule(lambda values: values[other] == value, f"--{{field}}: {message}")
 

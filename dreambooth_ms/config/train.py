@@ -32,21 +32,11 @@ from dreambooth_ms.config.stopping import StoppingConfig
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
 
-LORA_RATE = 5e-4
-RATES: dict[choices.Method, float] = {
-    "lora": LORA_RATE, "full": 5e-6, "custom_diffusion": 1e-5, "textual_inversion": 5e-4,
-}  # fmt: skip
-FOLDERS: dict[choices.Method, str] = {
-    "lora": "lora-dreambooth-model",
-    "full": "dreambooth-model",
-    "custom_diffusion": "custom-diffusion-model",
-    "textual_inversion": "text-inversion-model",
-}
-PROJECTS: dict[choices.Method, str] = {
-    "lora": "dreambooth-lora", "full": "dreambooth", "custom_diffusion": "custom-diffusion",
-    "textual_inversion": "textual_inversion",
-}  # fmt: skip
-"""The default learning rates, folders and trackers' projects of the methods, as in diffusers' scripts and guides."""
+_OF_METHODS = choices.read_table(Path(__file__).with_name("methods.yaml"))
+RATES, FOLDERS, PROJECTS = (
+    {method: own[what] for method, own in _OF_METHODS.items()} for what in ("rate", "folder", "project")
+)
+"""The default learning rates, folders and trackers' projects of the methods."""
 
 _TRACKERS = {"tensorboard", "wandb", "swanlab", "trackio"}
 _SHOWN_AT = Range(
@@ -88,6 +78,7 @@ _BY_PASSES_ALONE = no_effect(
     when=lambda values: values["max_train_steps"] is not None and "weight" not in values,
 )
 
+_CUSTOM = only_with("method", "custom_diffusion")
 _AUGMENTED = Rule(
     lambda values: values["method"] == "custom_diffusion" and not values["noaug"],
     "--use_aspect_ratio_bucket: custom_diffusion varies the size of pictures in a square; give --noaug with it",
@@ -134,7 +125,7 @@ class DataConfig:
     """Crop the centre of each picture, in place of a random part."""
     random_flip: bool = False
     """Mirror pictures left to right at random."""
-    noaug: Annotated[bool, only_with("method", "custom_diffusion")] = False
+    noaug: Annotated[bool, _CUSTOM] = False
     """Let custom_diffusion see the subject's pictures as they are. Without it they are made smaller, on grey, or
     enlarged, and "a far away ", "very small ", "zoomed in " or "close up " says so before the prompt."""
     mask_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
@@ -189,8 +180,8 @@ _HIGH_FOR_TEXT = Rule(
         and values["method"] == "lora"
         and values["optimizer"] != "prodigy"
     ),
-    f"--train_text_encoder: the default learning rate of {LORA_RATE:g} is the UNet's, and spoils what a text encoder "
-    "knows; give a lower --text_encoder_lr, such as 5e-5",
+    f"--train_text_encoder: the default learning rate of {RATES['lora']:g} is the UNet's, and spoils what a text "
+    "encoder knows; give a lower --text_encoder_lr, such as 5e-5",
     is_note=True,
 )
 _LORA = not_with("method", "full", "custom_diffusion", "textual_inversion")
@@ -207,10 +198,7 @@ _NO_WORD = Rule(
     "--method custom_diffusion trains no new word without --modifier_token: prompts are read by the words of the base",
     is_note=True,
 )
-_SAVES_TEXT = Rule(
-    lambda values: values["train_text_encoder"],
-    "--skip_save_text_encoder: --train_text_encoder trains it; leave one of them out",
-)
+_SAVES_TEXT = refused_with("train_text_encoder", True, "--train_text_encoder trains it; leave one of them out")
 _NOT_PICKLED = Rule(
     lambda values: values["method"] != "custom_diffusion" and not values["modifier_token"],
     "--no_safe_serialization: LoRAs and models are safetensors; leave it out. `convert` writes other formats",
@@ -230,9 +218,7 @@ class MethodConfig:
     method: Annotated[choices.Method, _HAS_WORDS, _NO_WORD] = "lora"
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet.
     custom_diffusion: keys and values of its cross-attention, and new words. textual_inversion: new words alone."""
-    freeze_model: Annotated[Literal["crossattn_kv", "crossattn"], only_with("method", "custom_diffusion")] = (
-        "crossattn_kv"
-    )
+    freeze_model: Annotated[Literal["crossattn_kv", "crossattn"], _CUSTOM] = "crossattn_kv"
     """What custom_diffusion trains of cross-attention: keys and values, or with crossattn all of it, for faces."""
     train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT, _FROZEN_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
@@ -315,7 +301,7 @@ OF_CUSTOM_DIFFUSION = "ktn+pll+ucd"
 
 def split_words(joined: str | None) -> list[str]:
     """The words of a flag."""
-    return [word.strip() for word in (joined or "").split("+")] if joined else []
+    return [word.strip() for word in joined.split("+")] if joined else []
 
 
 _WORDS = Range(
@@ -344,11 +330,7 @@ class WordsConfig:
     with custom_diffusion, where the vocabulary has them; else random vectors as large as those of the vocabulary."""
     num_vectors: Annotated[int, at_least(1), only_with("modifier_token")] = 1
     """Tokens that each new word stands for; each has a vector of its own."""
-    train_new_words: Annotated[
-        bool,
-        needs("modifier_token", "the new words"),
-        only_with("method", "lora"),
-    ] = False
+    train_new_words: Annotated[bool, needs("modifier_token", "the new words"), only_with("method", "lora")] = False
     """With lora: train the vectors of new words, too (pivotal tuning)."""
     train_text_encoder_ti_frac: Annotated[float | None, INNER_SHARE, only_with("modifier_token")] = None
     """Share of the run after which new words stay as they are. None: they are trained to the end."""
@@ -496,9 +478,8 @@ _ONE_FORM = Rule(
     lambda values: values["with_prior_preservation"],
     "--prior_preservation {prior_preservation}: --with_prior_preservation is class_images; give one of them",
 )
-_CHANGES_BASE = Rule(
-    lambda values: values["method"] == "textual_inversion",
-    "--prior_preservation: --method textual_inversion changes no weight of the base; leave it out",
+_CHANGES_BASE = refused_with(
+    "method", "textual_inversion", "--method textual_inversion changes no weight of the base; leave it out"
 )
 _HAS_UPDATE = Rule(
     lambda values: values["prior_preservation"] == "base_output" and values["method"] in ("full", "custom_diffusion"),
@@ -613,11 +594,8 @@ _ONE_OFFSET = Rule(
     lambda values: values["noise_offset"] > 0,
     f"--offset_noise: is --noise_offset {OFFSET_NOISE_STRENGTH}; give one of them",
 )
-
-
-_NOT_EDM = Rule(
-    lambda values: values["do_edm_style_training"],
-    "--{field}: --do_edm_style_training weighs rows by their noise itself; leave one of them out",
+_NOT_EDM = refused_with(
+    "do_edm_style_training", True, "--do_edm_style_training weighs rows by their noise itself; leave one of them out"
 )
 _LEVELS = refused_with(
     "edm_sampling", "lognormal", "the levels of --edm_sampling lognormal are no timesteps; leave one of them out"
@@ -785,12 +763,6 @@ class TrainConfig(Schema):
         """Pictures of the subject in one step of all processes."""
         run = self.run
         return run.train_batch_size * run.gradient_accumulation_steps * (self.processes.num_processes or 1)
-
-    @property
-    def text_encoder_weight_decay(self) -> float:
-        """The text encoder's own weight decay, or the UNet's."""
-        own = self.optimiser.adam_weight_decay_text_encoder
-        return self.optimiser.adam_weight_decay if own is None else own
 
     @property
     def output_dir(self) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_ms.atomic import atomic_path, write_bytes
@@ -75,14 +75,24 @@ def validation_pictures(folder: Path) -> dict[int, list[Path]]:
     return found
 
 
+def read_pictures(paths: Iterable[Path], number: int | None = None) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """Sampled pictures (H, W, 3) uint8 with their settings, of one number or all; what is no such file is left out."""
+    found = []
+    for path in paths:
+        with suppress(OSError, ValueError, SyntaxError), Image.open(path) as image:
+            settings = json.loads(image.info.get(SETTINGS_KEY, "{}"))
+            if "prompt" in settings and number in (None, settings.get("number")):
+                found.append((np.asarray(image.convert("RGB")), settings))
+    return found
+
+
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Pictures (H, W, 3) of one size side by side, row by row; what is left of the last row is white."""
     height, width, _ = pictures[0].shape
     rows = -(-len(pictures) // columns)
-    cells = np.full((rows, columns, height, width, 3), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        cells[divmod(number, columns)] = picture
-    return cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+    cells = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    cells[: len(pictures)] = pictures
+    return cells.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
 @dataclass(frozen=True)
@@ -117,9 +127,7 @@ def write_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
                 continue
             x = MARGIN + LABEL_WIDTH + column * (CELL + GAP)
             filter_ = Image.Resampling.NEAREST if picture.shape[0] < CELL else Image.Resampling.LANCZOS
-            scale = CELL / max(picture.shape[:2])
-            size = round(scale * picture.shape[1]), round(scale * picture.shape[0])
-            sheet.paste(Image.fromarray(picture).resize(size, filter_), (x, y))
+            sheet.paste(ImageOps.contain(Image.fromarray(picture), (CELL, CELL), filter_), (x, y))
             if captions:
                 canvas.multiline_text((x, y + CELL + 4), "\n".join(captions[column]), fill=PALE, font=small)
         y += height
@@ -133,17 +141,7 @@ def write_strip(folder: Path, prompts: Sequence[str], step: int) -> None:
     files = validation_pictures(folder)
     steps = [one for one in files if one <= step]
     shown = [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, MOST_COLUMNS).round().astype(int))]
-    columns, captions = [_first_pictures(files[one]) for one in shown], [f"step {one}" for one in shown]
+    columns = [{own["prompt"]: one for one, own in read_pictures(files[step], number=0)} for step in shown]
+    captions = [f"step {one}" for one in shown]
     rows = [Row(prompt, [column.get(prompt) for column in columns], captions) for prompt in prompts]
     write_sheet(folder / STRIP, "From step to step, always from the same noise", rows)
-
-
-def _first_pictures(paths: Iterable[Path]) -> dict[str, np.ndarray]:
-    """By their prompts, the pictures with the number 0; what somebody else put there is left out."""
-    found = {}
-    for path in paths:
-        with suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as image:
-            settings = json.loads(image.info[SETTINGS_KEY])
-            if settings["number"] == 0:
-                found[settings["prompt"]] = np.asarray(image.convert("RGB"))
-    return found

@@ -113,9 +113,9 @@ def _of_a1111(prompt: str, negative: str, told: str) -> PictureText:
     if sides := re.fullmatch(r"(\d+)x(\d+)", pairs.get("Size", "")):
         values |= dict(zip(("width", "height"), sides.groups(), strict=True))
     # Of this one sampler Karras' levels are what A1111 chooses by itself.
-    style = (
-        "Karras" if (own := pairs.get("Schedule type")) == "Automatic" and pairs.get("Sampler") == "DPM++ 2M" else own
-    )
+    style = pairs.get("Schedule type")
+    if (pairs.get("Sampler"), style) == ("DPM++ 2M", "Automatic"):
+        style = "Karras"
     if style in _TABLE["styles"] and "scheduler" in values:
         values["scheduler"] += f" {style}"
     return PictureText({name: value for name, value in values.items() if value}, notes)

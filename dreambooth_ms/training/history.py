@@ -64,12 +64,9 @@ def values_of(report: StepReport) -> dict[str, float]:
 
 def read_history(folder: Path) -> list[dict[str, float]]:
     """The reports of a run so far; a last line that was cut short is left out."""
-    path = folder / HISTORY
-    if not path.is_file():
-        return []
     lines: list[dict[str, float]] = []
-    with suppress(ValueError):
-        lines.extend(map(json.loads, path.read_text(encoding="utf-8", errors="replace").splitlines()))
+    with suppress(ValueError, FileNotFoundError):
+        lines.extend(map(json.loads, (folder / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()))
     return lines
 
 

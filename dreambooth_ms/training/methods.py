@@ -16,7 +16,6 @@ from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
 from dreambooth_ms.adapters.lora import DropoutState, PrincipalDense, initialise_lora, inject, put_in_place
 from dreambooth_ms.adapters.word_files import word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements
-from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.formats.files.dtypes import DTYPES
 from dreambooth_ms.formats.folder_layout import TOKENIZERS
@@ -164,8 +163,7 @@ def full(
         replace(planned, tensors=kept).write_parts(target)
         write_networks(target, step)
 
-    publics = {part: public_parameters(network) for part, network in networks.items()}
-    trained = {part: {n: [one] for n, one in own.items()} for part, own in publics.items()}
+    trained = {part: {n: [one] for n, one in public_parameters(own).items()} for part, own in networks.items()}
     return _learner(unet, text_encoders, trained, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
@@ -200,11 +198,8 @@ def textual_inversion(
     return _learner(unet, text_encoders, {}, write_part=write, write_result=write, result=result)
 
 
-METHODS: dict[Method, Callable[..., Learner]] = {
-    "lora": lora,
-    "full": full,
-    "custom_diffusion": custom_diffusion,
-    "textual_inversion": textual_inversion,
+METHODS: dict[str, Callable[..., Learner]] = {
+    method.__name__: method for method in (lora, full, custom_diffusion, textual_inversion)
 }
 
 
@@ -257,7 +252,8 @@ def choose_optimiser(config: TrainConfig, trainables: Sequence[Trainable]) -> Op
     o, parameters = config.optimiser, [one.parameter for one in trainables]
     b_over_a = o.loraplus_lr_ratio or 1.0
     rates = {"unet": 1.0, "text_encoder": o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0}
-    decays = {"unet": o.adam_weight_decay, "text_encoder": config.text_encoder_weight_decay}
+    own = o.adam_weight_decay_text_encoder
+    decays = {"unet": o.adam_weight_decay, "text_encoder": o.adam_weight_decay if own is None else own}
     decay = max(decays.values())
     prodigy = (o.prodigy_beta3, o.prodigy_decouple, o.prodigy_use_bias_correction, o.prodigy_safeguard_warmup)
     adam = (o.adam_beta1, o.adam_beta2, decay, o.adam_epsilon)

@@ -164,19 +164,19 @@ def _fetch(
     there = {file.rfilename: file for file in info.siblings or []}
     files = choose(there)
     folder = Path(cache or constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}")
+    blobs = folder / "blobs"
     root = folder / "snapshots" / str(info.sha)
     if lacking := [there[name] for name in files if not (root / name).is_file()]:
         # Another commit may have the same files.
         named = ((file.lfs.sha256 if file.lfs else file.blob_id or "", file.size or 0) for file in lacking)
-        size = sum(size for name, size in named if not (folder / "blobs" / name).is_file())
+        size = sum(size for name, size in named if not (blobs / name).is_file())
         check_room(folder, size, "free some space and try again, or name another disk with HF_HOME")
-        blobs, done = folder / "blobs", False
         with _progress(f"downloading {repository}", blobs, size):
-            while not done:
+            while True:
                 before = _held(blobs)
                 try:
                     download(allow_patterns=[glob.escape(one) for one in files])
-                    done = True
+                    break
                 except (OSError, ValueError) as error:
                     if explain(error):
                         raise
@@ -218,6 +218,8 @@ def base_of_card(name: str) -> str | None:
             file = (path if path.is_dir() else path.parent) / CARD
         elif named:
             file = Path(hf_hub_download(named["repository"], CARD, revision=named["revision"]))
+        else:
+            return None
         base = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("base_model")
     return base if isinstance(base, str) and _HUB_NAME.fullmatch(base) else None
 

@@ -1,6 +1,5 @@
 """Uploading to the Hugging Face hub: which repository may be written to, and files in one commit."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,16 +37,13 @@ def open_repository(name: str, token: str | None, private: bool) -> str:
 
 def card_there(repository: str, token: str | None) -> str | None:
     """The model card that a repository has; None if it has none. Raises WeightError if the hub does not answer."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import HfApi
 
+    api = HfApi(token=token or None)
     with _asking(repository):
-        try:
-            path = hf_hub_download(repository, CARD, token=token or None)
-        except errors.EntryNotFoundError as error:
-            if isinstance(error, errors.LocalEntryNotFoundError):  # What it is called if the hub does not answer.
-                raise
+        if not api.file_exists(repository, CARD):
             return None
-        return Path(path).read_text(encoding="utf-8")
+        return Path(api.hf_hub_download(repository, CARD)).read_text(encoding="utf-8")
 
 
 def upload(repository: str, files: Mapping[str, Path | bytes], token: str | None) -> str:
@@ -55,10 +51,7 @@ def upload(repository: str, files: Mapping[str, Path | bytes], token: str | None
     the repository. Raises WeightError if the hub refuses them, or does not answer; it has all of them or none then."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    operations = [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else os.fspath(content))
-        for name, content in files.items()
-    ]
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     with _asking(repository):
         HfApi(token=token or None).create_commit(repository, operations, commit_message="Upload what was trained")
     return f"{constants.ENDPOINT}/{repository}"

@@ -278,6 +278,8 @@ def test_what_was_uploaded_is_found_again_at_a_revision_and_by_its_base(hub, run
     assert (root / LORA).read_bytes() == (run_folder / LORA).read_bytes()
     assert base_of_card(f"{OWNER}/star") == base_of_card(str(run_folder)) == "owner/base"
     assert base_of_card("nobody/nothing") is None
+    # Neither here nor a name of the hub.
+    assert base_of_card("my dog") is base_of_card(f"modelscope:{OWNER}/star") is None
 
 
 @pytest.mark.parametrize("place", ["the hub", "a run", "a card"])
