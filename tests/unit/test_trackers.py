@@ -4,6 +4,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -291,8 +292,13 @@ def test_wandb_keeps_a_run_without_a_network(tmp_path, monkeypatch, capfd):
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     own = json.loads((folder / IDS).read_text())["wandb"][0]
     assert file.name == f"run-{own}.wandb"
+    # Its service is another process, which may still write on a busy machine.
+    deadline, records = time.monotonic() + 30, []
+    while time.monotonic() < deadline and not {"run", "exit"} <= {one.WhichOneof("record_type") for one in records}:
+        time.sleep(0.05)
+        records = list(records_of(file))
     sent, configuration, begun = {}, {}, None
-    for record in records_of(file):
+    for record in records:
         match record.WhichOneof("record_type"):
             case "run":
                 begun = record.run
