@@ -149,6 +149,8 @@ def test_a_command_of_the_guide_runs(name, home, capfd, runs, hub):
     more = [word for word in split(f"{FEW} --hub_token={TOKEN}") if word]
     assert train(script, [*words, *more], output) == 0, capfd.readouterr().err
     folder = runs[name] = home / output
+    assert TOKEN not in "".join(capfd.readouterr())
+    assert not [path for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert ("--push_to_hub" in words) == (f"{OWNER}/{output}" in hub.files)
     for uploaded, content in hub.files.get(f"{OWNER}/{output}", {}).items():
         assert uploaded.startswith("images/") or (folder / uploaded).read_bytes() == content

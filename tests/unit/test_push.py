@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from dreambooth_ms.cli import push as command
+from dreambooth_ms.cli.device import found_adapters
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.cli.model_card import is_edited, marked
 from dreambooth_ms.config.load import load, to_yaml
@@ -316,10 +317,11 @@ def test_a_download_that_brings_nothing_ends(hub, capfd, monkeypatch):
         find_adapter("owner/dog")
 
 
-def test_of_the_epochs_of_kohyas_scripts_the_last_is_taken(hub):
+def test_of_the_epochs_of_kohyas_scripts_the_last_is_taken_and_told(hub, capfd):
     names = ["dog-000010.safetensors", "dog-000020.safetensors", "dog.safetensors"]
     hub.add("owner/dog", **{name: name.encode() for name in names})
-    assert find_adapter("owner/dog").read_bytes() == b"dog.safetensors"
+    assert [path.read_bytes() for path in found_adapters(["owner/dog"])] == [b"dog.safetensors"]
+    assert "owner/dog: its dog.safetensors" in capfd.readouterr().err
 
 
 def test_modelscope_by_its_client(tmp_path, monkeypatch, capfd):
