@@ -283,6 +283,7 @@ def test_wandb_keeps_a_run_without_a_network(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", TOKEN.ljust(40, "x"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(sys, "argv", ["dreambooth-ms", "--hub_token", TOKEN])
+    importlib.import_module("wandb").teardown()  # It keeps the environment in which it was first used.
     folder = tmp_path / "dog"
     run = Run(folder, ["--report_to", "wandb"])
     run.take([1, 2])
