@@ -1,5 +1,6 @@
 """What a LoRA says of its training, under the names that other programs look for: kohya's `ss_…` and the Stability
-ModelSpec's. No times, no random ids and no whole paths: what a resumed run writes is the same to the bit."""
+ModelSpec's. No times, no random ids and nothing of the run's folder: what a run writes is the same to the bit,
+wherever and however often it was stopped."""
 
 import json
 from collections import Counter
@@ -47,7 +48,6 @@ def run_metadata(
         "mixed_precision": config.device.mixed_precision or "no",
         "seed": config.run.seed,
         "clip_skip": skipped + 1 if skipped else None,
-        "output_name": config.output_dir.resolve().name,
         "tag_frequency": json.dumps(tags, ensure_ascii=False),
         "dataset_dirs": json.dumps(folders, ensure_ascii=False),
     }
@@ -62,11 +62,12 @@ def _model_spec(config: TrainConfig, base: ModelBundle, sources: Sequence[Source
     classes = [one.prompt for one in sources if one.concept.group == CLASS]
     of_class = words_in(" ".join([config.prior.class_prompt or "", *classes]))
     named = [word for word in words_in(" ".join(prompts)) if of_class and word not in of_class]
+    phrase = ", ".join(prompts or config.words.words)
     values = {
-        "title": config.output_dir.resolve().name,
+        "title": phrase,
         "implementation": "diffusers",
         "resolution": f"{side}x{side}",
-        "trigger_phrase": ", ".join(prompts or config.words.words),
+        "trigger_phrase": phrase,
         "timestep_range": f"{loss.min_timestep},{loss.max_timestep or schedule.get('num_train_timesteps', 1000)}",
         "encoder_layer": str(config.method.clip_skip + 1),
         "tags": ", ".join(dict.fromkeys([*config.words.words, *named])),

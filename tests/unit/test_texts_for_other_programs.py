@@ -203,7 +203,6 @@ class TestRunMetadata:
             "ss_text_encoder_lr": "5e-05",
             "ss_optimizer": "AdamW8bit",
             "ss_clip_skip": "2",
-            "ss_output_name": "both",
             "ss_tag_frequency": json.dumps({"10_dog": {"sks dog": 2, "snow": 2, "dog": 2}, "cats": {"zwx": 2}}),
             "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
             "modelspec.prediction_type": "v",
