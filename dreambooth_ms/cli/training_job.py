@@ -164,7 +164,7 @@ class TrainingJob:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """What its LoRA says of it to other programs."""
-        return run_metadata(self.config, self.trained_base, self.sources, self.concepts, self.total)
+        return run_metadata(self.config, self.trained_base, self.sources, self.concepts)
 
     def views(self) -> Iterator[View]:
         """What is encoded of each row of the rest of the run; one after the other, since a long run has millions."""

@@ -16,9 +16,9 @@ from dreambooth_ms.weights.model_writing import model_spec
 
 
 def run_metadata(
-    config: TrainConfig, base: ModelBundle, sources: Sequence[Source], concepts: Sequence[Concept], total: int
+    config: TrainConfig, base: ModelBundle, sources: Sequence[Source], concepts: Sequence[Concept]
 ) -> dict[str, str]:
-    """Of a run of so many steps on a base, as it is denoised after it. Reads a base that is one file, for its hash."""
+    """Of a run on a base, as it is denoised after it, whatever its length. Reads a base that is one file, for its hash."""
     family, rate, skipped = base.opened().spec.family, config.learning_rate, config.method.clip_skip
     held = {one.name: one for one in concepts}
     tags, folders, counts = dict[str, Counter[str]](), dict[str, dict[str, float]](), Counter[str]()
@@ -37,7 +37,6 @@ def run_metadata(
         **({"base_model_version": FAMILIES[family.value]["kohya"]} if family.value in FAMILIES else {}),
         "v2": family is Family.SD2,
         "resolution": (config.data.resolution, config.data.resolution),
-        "max_train_steps": total,
         "num_train_images": counts[INSTANCE],
         "num_reg_images": counts[CLASS],
         "learning_rate": rate,

@@ -90,7 +90,6 @@ class TestMetadata:
             "ss_v2": "False",
             "ss_resolution": "(32, 32)",
             "ss_steps": "2",
-            "ss_max_train_steps": "2",
             "ss_num_train_images": str(count),
             "ss_num_reg_images": "0",
             "ss_learning_rate": "0.0005",

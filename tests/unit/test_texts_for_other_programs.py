@@ -192,7 +192,7 @@ class TestRunMetadata:
             Source(tmp_path / folder, prompt, concept)
             for (folder, prompt, _, _), concept in zip(named, concepts, strict=True)
         ]
-        told = run_metadata(config, base, sources, concepts, 30)
+        told = run_metadata(config, base, sources, concepts)
         expected = {
             "ss_sd_model_name": "sd21.safetensors",
             "ss_new_sd_model_hash": hashlib.sha256(b"base").hexdigest(),
@@ -219,6 +219,6 @@ class TestRunMetadata:
         opened = SimpleNamespace(spec=SimpleNamespace(family=Family.IF))
         base = SimpleNamespace(path=Path("folder"), schedule=SimpleNamespace(config={}), opened=lambda: opened)
         flags = ["--pretrained_model_name_or_path", "DeepFloyd/IF-I-XL-v1.0", "--concepts_list", "list.json"]
-        told = run_metadata(load(TrainConfig, flags), base, [], [], 1)
+        told = run_metadata(load(TrainConfig, flags), base, [], [])
         assert told["ss_sd_model_name"] == "IF-I-XL-v1.0"
         assert not [name for name in told if name.startswith("modelspec.") or name == "ss_base_model_version"]
