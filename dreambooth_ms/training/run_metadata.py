@@ -18,7 +18,7 @@ from dreambooth_ms.weights.model_writing import model_spec
 def run_metadata(
     config: TrainConfig, base: ModelBundle, sources: Sequence[Source], concepts: Sequence[Concept]
 ) -> dict[str, str]:
-    """Of a run on a base, as it is denoised after it, whatever its length. Reads a base that is one file, for its hash."""
+    """Of a run of any length on a base, as it is denoised after it. Reads a base that is one file, for its hash."""
     family, rate, skipped = base.opened().spec.family, config.learning_rate, config.method.clip_skip
     held = {one.name: one for one in concepts}
     tags, folders, counts = dict[str, Counter[str]](), dict[str, dict[str, float]](), Counter[str]()
